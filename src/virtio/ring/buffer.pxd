@@ -1,0 +1,14 @@
+"""C types for buffer.py; all code is there."""
+
+cimport cython
+
+from virtio.ring._mem cimport Mem, Py_buffer, address, expose, window
+
+
+@cython.final
+cdef class Buffer:
+    cdef readonly size_t offset, nbytes
+    cdef readonly Py_ssize_t exports, busy
+    cdef readonly bint closed
+    cdef object _view, _give_back, __weakref__
+    cdef Mem _mem

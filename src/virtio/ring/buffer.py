@@ -1,0 +1,105 @@
+"""DMA memory in a user's hands."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import cython
+
+from virtio.errors import ClosedError
+
+if not cython.compiled:
+    from virtio.ring._mem import Py_buffer, address, expose, window
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Buffer:
+    """Bytes of a region, lent by a pool; supports the buffer protocol (`memoryview`, NumPy).
+
+    `offset` is where the bytes lie in their region. `exports` counts the views that live, and
+    `busy` the requests in flight that use it. Closing a viewed one raises BufferError; closing a
+    busy one gives its bytes back when the device has let go of them. It stays readable as long as
+    a view lives, whatever becomes of its controller.
+    """
+
+    def __init__(self, view: memoryview, offset: int, give_back: Callable[[Buffer], None]) -> None:
+        self.offset = offset
+        self.nbytes = len(view)
+        self.exports = 0
+        self.busy = 0
+        self.closed = False
+        self._view = view
+        self._mem = window(view)
+        self._give_back = give_back
+
+    def close(self) -> None:
+        """Give the bytes back to the pool; idempotent."""
+        if self.closed:
+            return
+        if self.exports:
+            raise BufferError(f"{self.exports} views of this buffer are still alive")
+        self.closed = True
+        if not self.busy:
+            self._give_back(self)
+
+    def hold(self) -> None:
+        """A request in flight uses these bytes from now on."""
+        self.check()
+        self.busy += 1
+
+    def let_go(self) -> None:
+        """The device is done with what `hold` announced."""
+        self.busy -= 1
+        if self.closed and not self.busy:
+            self._give_back(self)
+
+    def check(self) -> None:
+        """Raise ClosedError if this buffer was closed."""
+        if self.closed:
+            raise ClosedError("this buffer was closed")
+
+    def view(self) -> memoryview:
+        """The bytes, for this library's own use: not counted in `exports`."""
+        self.check()
+        return self._view
+
+    def __len__(self) -> int:
+        return self.nbytes
+
+    def __enter__(self) -> Buffer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{self.exports} views, {self.busy} in flight"
+        return f"<Buffer {self.nbytes} bytes at {self.offset:#x}, {state}>"
+
+    # The buffer protocol: the C form when compiled, the Python form (3.12) when interpreted.
+
+    @cython.annotation_typing(True)
+    def __getbuffer__(self, buffer: cython.pointer[Py_buffer], flags: cython.int) -> None:
+        self.check()
+        expose(buffer, self, self._mem, flags)
+        self.exports += 1
+
+    @cython.annotation_typing(True)
+    def __releasebuffer__(self, buffer: cython.pointer[Py_buffer]) -> None:
+        self.exports -= 1
+
+    def __buffer__(self, flags: int) -> memoryview:
+        self.check()
+        self.exports += 1
+        return self._view[:]
+
+    def __release_buffer__(self, view: memoryview) -> None:
+        view.release()
+        self.exports -= 1
+
+
+def address_of(view: memoryview) -> int:
+    """Where a view's bytes begin in this process."""
+    return int(address(window(view)))

@@ -1,0 +1,132 @@
+"""The memory that a controller shares with its device, and nothing else does."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import threading
+from array import array
+from typing import NamedTuple
+
+from virtio.errors import ClosedError, TransportError
+from virtio.ring.buffer import Buffer, address_of
+
+HUGE_PAGE = 2 << 20
+_SEALS = 0x1 | 0x2 | 0x4  # F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW
+_ADD_SEALS = 1033  # F_ADD_SEALS; `fcntl` has it by name from 3.12 on
+
+
+class Mapping(NamedTuple):
+    """Where a region is for the device: page number `i` of it is at `table[i]` (an IOVA).
+
+    A region that is contiguous there has one page, of `1 << shift` bytes, and one entry.
+    """
+
+    shift: int
+    table: array[int]
+
+    @classmethod
+    def contiguous(cls, iova: int) -> Mapping:
+        return cls(62, array("Q", [iova]))
+
+
+class Region:
+    """A sealed memfd mapped into this process: huge pages if there are any, else ordinary ones.
+
+    Owns the file descriptor and the mapping. After `close()` the descriptor is gone; the mapping
+    goes with the last view of it. A child of a fork has neither (MADV_DONTFORK, close-on-exec).
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.size = -(-nbytes // HUGE_PAGE) * HUGE_PAGE
+        try:
+            self.fd, memory, self.huge = _map(self.size)
+        except OSError as error:
+            raise TransportError(
+                error.errno or errno.ENOMEM,
+                f"cannot map {self.size >> 20} MiB of shared memory: {error.strerror or error}; "
+                "see `ulimit -v`, `ulimit -n`, /proc/meminfo and the memory control group",
+            ) from error
+        self.view = memoryview(memory)
+        self.address = address_of(self.view)
+
+    def close(self) -> None:
+        """Close the descriptor and drop the mapping; idempotent."""
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
+        self.view = memoryview(b"")
+
+
+def _map(nbytes: int) -> tuple[int, mmap.mmap, bool]:
+    for huge in (True, False):
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (os.MFD_HUGETLB if huge else 0)
+        try:
+            fd = os.memfd_create("virtio-bdev", flags)
+        except OSError:
+            if huge:
+                continue
+            raise
+        try:
+            os.ftruncate(fd, nbytes)
+            populate = mmap.MAP_POPULATE if huge else 0  # a page that is not there would be SIGBUS
+            memory = mmap.mmap(fd, nbytes, mmap.MAP_SHARED | populate)
+            memory.madvise(mmap.MADV_DONTFORK)
+            fcntl.fcntl(fd, _ADD_SEALS, _SEALS)
+        except OSError:
+            os.close(fd)
+            if not huge:
+                raise
+        else:
+            return fd, memory, huge
+    raise AssertionError("unreachable")
+
+
+class Pool:
+    """Lends out the bytes of one region; first fit, for set-up and buffers, not for requests."""
+
+    def __init__(self, region: Region) -> None:
+        self.region = region
+        self._lock = threading.Lock()
+        self._free = [(0, region.size)]  # (offset, end), sorted, never adjacent
+
+    @property
+    def free_bytes(self) -> int:
+        """How many bytes are not lent, in however many pieces."""
+        return sum(end - offset for offset, end in self._free)
+
+    def take(self, nbytes: int, align: int = 4096) -> Buffer:
+        """A buffer of `nbytes`, zeroed or not; TransportError(ENOMEM) when none is left."""
+        if nbytes <= 0:
+            raise ValueError(f"a buffer of {nbytes} bytes")
+        if self.region.fd < 0:
+            raise ClosedError("the controller of this memory was closed")
+        room = -(-nbytes // 64) * 64  # no two buffers share a cache line
+        with self._lock:
+            for i, (start, end) in enumerate(self._free):
+                offset = -(-start // align) * align
+                if offset + room <= end:
+                    pieces = [(start, offset), (offset + room, end)]
+                    self._free[i : i + 1] = [piece for piece in pieces if piece[0] < piece[1]]
+                    break
+            else:
+                raise TransportError(
+                    errno.ENOMEM,
+                    f"no {nbytes} bytes in one piece left of the pool's {self.region.size}: close "
+                    "buffers, or attach with a larger pool",
+                )
+        return Buffer(self.region.view[offset : offset + nbytes], offset, self._give_back)
+
+    def _give_back(self, buffer: Buffer) -> None:
+        start, end = buffer.offset, buffer.offset + -(-buffer.nbytes // 64) * 64
+        with self._lock:
+            pieces = sorted([*self._free, (start, end)])
+            merged = pieces[:1]
+            for piece in pieces[1:]:
+                if piece[0] == merged[-1][1]:
+                    merged[-1] = (merged[-1][0], piece[1])
+                else:
+                    merged.append(piece)
+            self._free = merged
