@@ -30,6 +30,7 @@ cdef extern from * nogil:
     static inline uint8_t vr_ld8(vr_mem m, size_t o) { return *VR(const volatile uint8_t, m, o); }
     static inline uint16_t vr_ld16(vr_mem m, size_t o) { return *VR(const volatile uint16_t, m, o); }
     static inline uint32_t vr_ld32(vr_mem m, size_t o) { return *VR(const volatile uint32_t, m, o); }
+    static inline int32_t vr_ldi32(vr_mem m, size_t o) { return *VR(const volatile int32_t, m, o); }
     static inline uint64_t vr_ld64(vr_mem m, size_t o) { return *VR(const volatile uint64_t, m, o); }
     static inline void vr_st8(vr_mem m, size_t o, uint8_t v) { *VR(volatile uint8_t, m, o) = v; }
     static inline void vr_st16(vr_mem m, size_t o, uint16_t v) { *VR(volatile uint16_t, m, o) = v; }
@@ -61,6 +62,7 @@ cdef extern from * nogil:
     uint8_t load_u8 "vr_ld8"(Mem mem, size_t offset) noexcept
     uint16_t load_u16 "vr_ld16"(Mem mem, size_t offset) noexcept
     uint32_t load_u32 "vr_ld32"(Mem mem, size_t offset) noexcept
+    int32_t load_i32 "vr_ldi32"(Mem mem, size_t offset) noexcept
     uint64_t load_u64 "vr_ld64"(Mem mem, size_t offset) noexcept
     void store_u8 "vr_st8"(Mem mem, size_t offset, uint8_t value) noexcept
     void store_u16 "vr_st16"(Mem mem, size_t offset, uint16_t value) noexcept

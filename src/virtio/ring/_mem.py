@@ -41,6 +41,10 @@ def load_u32(mem: Mem, offset: int) -> int:
     return int(mem[offset : offset + 4].cast("I")[0])
 
 
+def load_i32(mem: Mem, offset: int) -> int:
+    return int(mem[offset : offset + 4].cast("i")[0])
+
+
 def load_u64(mem: Mem, offset: int) -> int:
     return int(mem[offset : offset + 8].cast("Q")[0])
 

@@ -40,6 +40,7 @@ cdef class SplitRing:
     cpdef void describe(
         self, uint32_t index, uint64_t address, uint32_t length, uint16_t flags, uint16_t following
     ) noexcept nogil
+    cpdef void redirect(self, uint32_t index, uint64_t address) noexcept nogil
     @cython.locals(slot=uint32_t)
     cpdef void offer(self, uint16_t head) noexcept nogil
     @cython.locals(old=uint16_t, event=uint16_t, passed=uint16_t)

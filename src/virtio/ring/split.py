@@ -94,6 +94,10 @@ class SplitRing:
         store_u16(self._mem, descriptor + 12, flags)
         store_u16(self._mem, descriptor + 14, following)
 
+    def redirect(self, index: int, address: int) -> None:
+        """Change only the address of a descriptor of a head that the device does not have."""
+        store_u64(self._mem, _DESC * index, address)
+
     def offer(self, head: int) -> None:
         """Put a head on the available ring, unseen by the device until `publish` (2.7.13.2)."""
         slot = self._avail_idx & self._mask

@@ -1,0 +1,120 @@
+"""C types for requests.py; all code is there."""
+
+cimport cython
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from virtio.ring._mem cimport (
+    Mem,
+    copy,
+    fill,
+    load_acquire_u32,
+    load_i32,
+    load_u8,
+    load_u16,
+    load_u32,
+    load_u64,
+    null,
+    store_field,
+    store_i32,
+    store_release_u32,
+    store_u8,
+    store_u16,
+    store_u32,
+    store_u64,
+    window,
+)
+from virtio.ring._os cimport now_ns, relax
+from virtio.ring.doorbell cimport Doorbell
+from virtio.ring.split cimport SplitRing
+
+cdef int _NO_DATA, _TO_DEVICE, _FROM_DEVICE, _OFFSET, _NBYTES, _BOUNCED, _CONSTANT
+cdef int _DONE, _TICK, _IDLE, _FAULT, _BROKEN, _LOST, _UNFIT
+cdef int _NEXT, _WRITE, _INDIRECT, _NOTHING, _RING_BROKEN, _FULL, _MISFIT
+cdef int32_t _EINPROGRESS
+cdef size_t _RECORD, _STATE, _KEY, _LENGTH, _OFF, _DATA, _TOKEN, _RESULT, _PATCH
+cdef uint32_t _FREE, _TASK, _SINGLE, _ORPHAN, _ENDED
+cdef uint32_t _CLOCK_EVERY
+
+
+@cython.final
+cdef class Template:
+    cdef readonly uint32_t key, request_bytes, payload_bytes
+    cdef readonly int direction
+    cdef object _bytes, _patches
+    cdef Mem _mem, _patch
+    cdef int _patch_count
+
+
+@cython.final
+cdef class Task:
+    cdef readonly Template template
+    cdef readonly object buffers, status
+    cdef readonly uint64_t item_bytes, part_bytes, parts, total, started, finished, active
+    cdef object _offsets_view, _user_view, _left_array, _cell_array
+    cdef dict _failed
+    cdef Mem _offsets, _user, _status, _left, _cells
+    cdef int _mode
+    cdef uint64_t _base
+    cdef uint32_t _free_cells
+
+    @cython.locals(item=uint64_t, left=uint32_t)
+    cdef void _finish(self, uint64_t part, bint good) noexcept nogil
+
+
+@cython.final
+cdef class RequestQueue:
+    cdef readonly SplitRing ring
+    cdef readonly uint32_t slots, segments, orphans
+    cdef readonly uint64_t segment_bytes
+    cdef readonly bint indirect, broken
+    cdef object _buffer, _layout, _region_view, _table_array
+    cdef object _records_owner, _free_array, _faults_array, _ended_array, _stop_owner
+    cdef Doorbell _doorbell
+    cdef Task _nothing
+    cdef Mem _region, _iovas, _records, _free, _faults, _ended, _stop
+    cdef int _shift
+    cdef uint64_t _page_mask, _sequence
+    cdef size_t _slots_at, _stride, _response_at, _table_at, _result_at, _response_bytes
+    cdef bint _result_wide, _response_first
+    cdef uint32_t _chain, _free_count, _fault_count, _ended_first, _ended_count
+
+    @cython.locals(reason=int)
+    cpdef int run(self, Task task, uint64_t slice_ns, uint64_t spin_ns) noexcept
+    @cython.locals(begun=uint64_t, busy=uint64_t, now=uint64_t, spins=uint32_t, rounds=uint32_t,
+                   filled=int, got=int)
+    cdef int _run(self, Task task, uint64_t slice_ns, uint64_t spin_ns) noexcept nogil
+    @cython.locals(count=int, part=uint64_t, item=uint64_t, within=uint64_t, nbytes=uint64_t,
+                   place=uint64_t, data=uint64_t, offset=uint64_t)
+    cdef int _fill(self, Task task) noexcept nogil
+    @cython.locals(slot=uint32_t, record=size_t, base=size_t, same=bint, i=int, patch=size_t,
+                   source=int, value=uint64_t)
+    cdef int _start(self, Template template, uint64_t offset, uint64_t nbytes, uint64_t data,
+                    uint64_t token, uint32_t state) noexcept nogil
+    @cython.locals(count=uint32_t, total=uint32_t, index=uint32_t, place=uint64_t, left=uint64_t,
+                   size=uint64_t, flags=int, table=uint64_t, payload=size_t)
+    cdef int _lay_out(self, uint32_t slot, size_t base, Template template, uint64_t data,
+                      uint64_t nbytes) noexcept nogil
+    @cython.locals(index=uint32_t, address=uint64_t)
+    cdef void _move_data(self, uint32_t slot, size_t base, Template template,
+                         uint64_t data) noexcept nogil
+    @cython.locals(response=size_t)
+    cdef void _describe_response(self, uint32_t slot, size_t base, uint32_t index,
+                                 uint32_t total) noexcept nogil
+    @cython.locals(address=uint64_t, entry=size_t, first=uint32_t, following=uint32_t)
+    cdef void _describe(self, uint32_t slot, size_t base, uint32_t index, uint32_t total,
+                        uint64_t place, uint32_t nbytes, int flags) noexcept nogil
+    cdef uint64_t _iova(self, uint64_t place) noexcept nogil
+    @cython.locals(size=uint64_t)
+    cdef uint64_t _segment(self, uint64_t place, uint64_t nbytes) noexcept nogil
+    @cython.locals(count=uint32_t, head=int, slot=uint32_t, record=size_t, result=uint64_t,
+                   state=uint32_t, last=uint32_t)
+    cdef int _collect(self, Task task) noexcept nogil
+    @cython.locals(place=size_t)
+    cdef uint64_t _result(self, uint32_t slot) noexcept nogil
+    @cython.locals(part=uint64_t, data=uint64_t, item=uint64_t, place=uint64_t, nbytes=uint64_t)
+    cdef void _complete(self, Task task, size_t record) noexcept nogil
+    @cython.locals(cell=uint32_t)
+    cdef void _give_cell(self, Task task, uint64_t data) noexcept nogil
+    cdef void _release(self, uint32_t slot) noexcept nogil
+    @cython.locals(slot=uint32_t, record=size_t, begin=size_t)
+    cdef object _take(self, uint32_t slot)

@@ -1,0 +1,682 @@
+"""The request queue: fixed slots over one virtqueue, filled from templates, no Python per request.
+
+A *slot* is room for one request in flight. Its shared half holds the request header, the response
+and, with indirect descriptors, the table; its private half (64 bytes) records what was asked. Slot
+`s` always uses the same descriptors, so most of a request is written once and stays.
+
+A *template* is one operation on one disk: the header's bytes and how to patch offset, length and
+tag into them. A *task* is many requests of one template, run without the GIL.
+
+The result field is poisoned before each submit: a device that completes a request without writing
+a status must not find an old success there.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+from array import array
+from typing import TYPE_CHECKING, NamedTuple
+
+import cython
+
+from virtio.errors import RequestError
+from virtio.ring import split as _split
+
+if not cython.compiled:
+    from virtio.ring._mem import (
+        copy,
+        fill,
+        load_i32,
+        load_acquire_u32,
+        load_u8,
+        load_u16,
+        load_u32,
+        load_u64,
+        null,
+        store_field,
+        store_i32,
+        store_release_u32,
+        store_u8,
+        store_u16,
+        store_u32,
+        store_u64,
+        window,
+    )
+    from virtio.ring._os import now_ns, relax
+    from virtio.ring.doorbell import Doorbell
+    from virtio.ring.split import SplitRing
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from virtio.ring.buffer import Buffer
+    from virtio.ring.region import Mapping
+
+# Where a request's data is.
+NO_DATA, TO_DEVICE, FROM_DEVICE = 0, 1, 2
+# What a patch stores.
+OFFSET, NBYTES, TAG = 0, 1, 2
+# How a task finds the data of its parts: in place in the region, through bounce cells, or always
+# the same bytes.
+IN_PLACE, BOUNCED, CONSTANT = 0, 1, 2
+# Why `run` came back.
+DONE, TICK, IDLE, FAULT, BROKEN, LOST, UNFIT = 0, 1, 2, 3, 4, 5, 6
+
+_NO_DATA, _TO_DEVICE, _FROM_DEVICE = 0, 1, 2
+_OFFSET, _NBYTES = 0, 1
+_BOUNCED, _CONSTANT = 1, 2
+_DONE, _TICK, _IDLE, _FAULT, _BROKEN, _LOST, _UNFIT = 0, 1, 2, 3, 4, 5, 6
+_NEXT, _WRITE, _INDIRECT = 1, 2, 4
+_NOTHING, _RING_BROKEN = -1, -2
+_FULL, _MISFIT = -1, -2
+_EINPROGRESS = errno.EINPROGRESS
+
+# A slot's private record, and the states it goes through.
+_RECORD = 64
+_STATE, _KEY, _LENGTH, _OFF, _DATA, _TOKEN, _RESULT = 0, 4, 8, 16, 24, 32, 40
+_FREE, _TASK, _SINGLE, _ORPHAN, _ENDED = 0, 1, 2, 3, 4
+
+_PATCH = 10  # a packed patch: source, offset, width, big-endian, shift; 16 bits each
+_CLOCK_EVERY = 64  # spins between two looks at the clock
+
+_keys = itertools.count(1)
+
+
+class Patch(NamedTuple):
+    """Store `source >> shift` in `width` bytes at `offset` of the header and payload."""
+
+    source: int
+    offset: int
+    width: int
+    big_endian: bool = False
+    shift: int = 0
+
+
+class Layout(NamedTuple):
+    """What the requests of one kind of device look like in memory; sizes in bytes.
+
+    The result is `result_width` (1 or 8) bytes at `result_offset` of the response, little-endian,
+    0 when all went well. `response_first`: the response comes before the data read (virtio-scsi,
+    5.6.6.1), not after it (virtio-blk, 5.2.6).
+    """
+
+    request: int
+    payload: int
+    response: int
+    result_offset: int
+    result_width: int
+    response_first: bool
+
+
+class Finished(NamedTuple):
+    """A request that came back: its token (or part), its result field, its response."""
+
+    token: int
+    result: int
+    response: bytes
+
+
+class Template:
+    """One operation: header bytes, an inline payload that follows them, patches, direction."""
+
+    def __init__(
+        self,
+        request: bytes,
+        *,
+        payload: bytes = b"",
+        direction: int = NO_DATA,
+        patches: Sequence[Patch] = (),
+    ) -> None:
+        if payload and direction != NO_DATA:
+            raise ValueError("a template has an inline payload or outside data, not both")
+        for patch in patches:
+            if not 0 <= patch.offset <= len(request) + len(payload) - patch.width:
+                raise ValueError(f"{patch} is outside of {len(request) + len(payload)} bytes")
+        self.key = next(_keys) & 0xFFFFFFFF
+        self.direction = direction
+        self.request_bytes = len(request)
+        self.payload_bytes = len(payload)
+        self._bytes = bytes(request + payload)
+        self._mem = window(self._bytes)
+        self._patches = array("H", [field for patch in patches for field in patch])
+        self._patch = window(self._patches) if patches else null()
+        self._patch_count = len(patches)
+
+
+class Task:
+    """`len(offsets)` items of `item_bytes` each, cut into parts of at most `part_bytes`.
+
+    `status` gets one negative errno an item: 0 when done, -EINPROGRESS until then. `base` is where
+    in the region the data is (IN_PLACE: item `i` at `base + i * item_bytes`; CONSTANT: always
+    there) or where `cells` bounce cells of `part_bytes` are (BOUNCED, from and to `user`).
+    `buffers` are held as long as the device may touch them.
+    """
+
+    def __init__(
+        self,
+        template: Template,
+        offsets: memoryview,
+        item_bytes: int,
+        part_bytes: int,
+        *,
+        mode: int = IN_PLACE,
+        base: int = 0,
+        user: memoryview | None = None,
+        cells: int = 0,
+        buffers: Sequence[Buffer] = (),
+    ) -> None:
+        items = len(offsets)
+        if offsets.itemsize != 8 or not offsets.contiguous:
+            raise RequestError("offsets must be contiguous unsigned 64-bit integers")
+        if item_bytes <= 0 or part_bytes <= 0 or (mode == BOUNCED and cells <= 0):
+            raise RequestError(f"a task of {item_bytes} bytes in parts of {part_bytes}")
+        if user is not None and user.nbytes < items * item_bytes:
+            raise RequestError(f"{user.nbytes} bytes for {items} items of {item_bytes}")
+        self.template = template
+        self.buffers = tuple(buffers)
+        self.item_bytes, self.part_bytes = item_bytes, part_bytes
+        self.parts = -(-item_bytes // part_bytes)
+        self.total = items * self.parts
+        self.started = self.finished = self.active = 0
+        self.status = array("i", [-_EINPROGRESS]) * items
+        self._failed: dict[int, int] = {}
+        self._mode, self._base = mode, base
+        self._offsets_view, self._user_view = offsets, user
+        self._offsets = window(offsets) if items else null()
+        self._user = null() if user is None else window(user)
+        self._status = window(self.status) if items else null()
+        self._left_array = array("I", [self.parts]) * (items if self.parts > 1 else 0)
+        self._left = window(self._left_array) if self._left_array else null()
+        self._cell_array = array("I", range(cells))
+        self._cells = window(self._cell_array) if cells else null()
+        self._free_cells = cells
+
+    def offset(self, part: int) -> int:
+        """The byte on the disk where a part begins."""
+        item = part // self.parts
+        return load_u64(self._offsets, 8 * item) + part % self.parts * self.part_bytes
+
+    def fail(self, part: int, code: int) -> bool:
+        """Count a part as failed with an errno; true if it is the first by offset of its item."""
+        item = part // self.parts
+        first = part < self._failed.get(item, self.total)
+        if first:
+            self._failed[item] = part
+            self.status[item] = -code
+        self._finish(part, False)
+        return first
+
+    def _finish(self, part: int, good: bool) -> None:
+        """One part less to wait for; the last good part of an item makes its status 0."""
+        self.finished += 1
+        self.active -= 1
+        if self.parts == 1:
+            if good:
+                store_i32(self._status, 4 * part, 0)
+            return
+        item = part // self.parts
+        left = load_u32(self._left, 4 * item) - 1
+        store_u32(self._left, 4 * item, left)
+        if left == 0 and load_i32(self._status, 4 * item) == -_EINPROGRESS:
+            store_i32(self._status, 4 * item, 0)
+
+
+def queue_bytes(size: int, layout: Layout, segments: int, indirect: bool) -> int:
+    """How much shared memory a request queue of `size` descriptors takes."""
+    stride, _, _, slots = _shape(size, layout, segments, indirect)
+    return _split.areas(size)[2] + stride * slots
+
+
+def _up(value: int, align: int) -> int:
+    return (value + align - 1) & ~(align - 1)
+
+
+def _shape(size: int, layout: Layout, segments: int, indirect: bool) -> tuple[int, int, int, int]:
+    """Of a slot: its bytes, where its response and its table begin, and the number of slots."""
+    # What the device writes has cache lines of its own; an 8-byte result is aligned.
+    response = _up(layout.request + layout.payload, 64) + -layout.result_offset % 8
+    table = _up(response + layout.response, 64)
+    stride = _up(table + (2 + segments) * 16, 64) if indirect else table
+    slots = size if indirect else size // (2 + segments)
+    if slots == 0 or 2 + segments > size:
+        raise RequestError(
+            f"a queue of {size} descriptors has no room for a request of {2 + segments}"
+        )
+    return stride, response, table, slots
+
+
+class RequestQueue:
+    """Slots, templates and one split ring; one thread at a time, which its owner sees to.
+
+    Owns nothing but its private state: memory, doorbell and descriptors are its maker's.
+    """
+
+    def __init__(
+        self,
+        memory: Buffer,
+        region: memoryview,
+        mapping: Mapping,
+        size: int,
+        layout: Layout,
+        *,
+        segments: int = 1,
+        segment_bytes: int = 1 << 30,
+        indirect: bool,
+        event_idx: bool,
+    ) -> None:
+        """`memory` is `queue_bytes(...)` of `region`; data segments are at most `segment_bytes`."""
+        stride, response, table, slots = _shape(size, layout, segments, indirect)
+        end = _split.areas(size)[2]
+        self._buffer = memory  # keeps the region's bytes lent
+        self.ring = SplitRing(memory.view()[:end], size, event_idx=event_idx)
+        self.slots = slots
+        self.segments, self.segment_bytes = segments, segment_bytes
+        self.indirect = indirect
+        self.orphans = 0
+        self.broken = False
+        self._doorbell = Doorbell()
+        self._layout = layout
+        self._region_view = region
+        self._region = window(region)
+        self._table_array = mapping.table
+        self._iovas = window(mapping.table)
+        self._shift = mapping.shift
+        self._page_mask = (1 << mapping.shift) - 1
+        self._slots_at = memory.offset + end
+        self._stride, self._response_at, self._table_at = stride, response, table
+        self._result_at = response + layout.result_offset
+        self._result_wide = layout.result_width == 8
+        self._response_bytes = layout.response
+        self._response_first = layout.response_first
+        self._chain = 2 + segments
+        self._records_owner = bytearray(_RECORD * slots)
+        self._records = window(self._records_owner)
+        self._free_array = array("H", range(slots - 1, -1, -1))
+        self._free = window(self._free_array)
+        self._free_count = slots
+        self._faults_array = array("H", [0]) * slots
+        self._faults = window(self._faults_array)
+        self._fault_count = 0
+        self._ended_array = array("H", [0]) * slots
+        self._ended = window(self._ended_array)
+        self._ended_first = self._ended_count = 0
+        self._sequence = 0
+        self._stop_owner = bytearray(4)
+        self._stop = window(self._stop_owner)
+        self._nothing = Task(Template(b""), memoryview(array("Q")), 1, 1)
+        fill(self._region, self._slots_at, 0, stride * slots)
+
+    def connect(self, doorbell: Doorbell) -> None:
+        """How to notify the device from now on."""
+        self._doorbell = doorbell
+
+    def stop(self) -> None:
+        """Make a `run` in any thread come back with LOST, now and from now on; from any thread."""
+        store_release_u32(self._stop, 0, 1)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether `stop` was called."""
+        return load_acquire_u32(self._stop, 0) != 0
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that the device has, orphans included."""
+        return int(self.slots - self._free_count - self._fault_count - self._ended_count)
+
+    # One by one.
+
+    def submit(self, template: Template, offset: int, nbytes: int, data: int, token: int) -> bool:
+        """Put one request in a slot, unseen by the device until `kick`; false when none is free.
+
+        `data` is where in the region its data is; `token` comes back from `poll`.
+        """
+        slot = self._start(template, offset, nbytes, data, token, _SINGLE)
+        if slot == _MISFIT:
+            raise RequestError(
+                f"{nbytes} bytes do not fit in {self.segments} segments of {self.segment_bytes}"
+            )
+        return slot >= 0
+
+    def kick(self) -> None:
+        """Show the device what was submitted, and notify it if it asked for that."""
+        if self.ring.publish():
+            self._doorbell.ring()
+
+    def poll(self, limit: int = 64) -> list[Finished]:
+        """Requests that came back, oldest first; never blocks. `broken` tells of a bad device."""
+        if self._collect(self._nothing) < 0:
+            self.broken = True
+        finished = []
+        while self._ended_count and len(finished) < limit:
+            slot = load_u16(self._ended, 2 * self._ended_first)
+            self._ended_first = (self._ended_first + 1) % self.slots
+            self._ended_count -= 1
+            finished.append(self._take(slot))
+        return finished
+
+    # Many at once.
+
+    def run(self, task: Task, slice_ns: int, spin_ns: int) -> int:
+        """Submit and complete a task's parts; says why it came back, at the latest after a slice.
+
+        IDLE: nothing came for `spin_ns`; sleep on the completion descriptor (`arm` first). FAULT:
+        take `faults()`, then run on. BROKEN and LOST are final.
+        """
+        with cython.nogil:
+            reason = self._run(task, slice_ns, spin_ns)
+        if reason == _BROKEN:
+            self.broken = True
+        return reason
+
+    def faults(self) -> list[Finished]:
+        """The parts whose result was not good, with the part's number as token."""
+        finished = []
+        while self._fault_count:
+            self._fault_count -= 1
+            finished.append(self._take(load_u16(self._faults, 2 * self._fault_count)))
+        return finished
+
+    def abandon(self, task: Task) -> int:
+        """Forget a task: its requests in flight become orphans, which keep slot and memory."""
+        count = 0
+        for slot in range(self.slots):
+            if load_u32(self._records, _RECORD * slot + _STATE) == _TASK:
+                store_u32(self._records, _RECORD * slot + _STATE, _ORPHAN)
+                count += 1
+        self.orphans += count
+        self.faults()
+        return count
+
+    def arm(self) -> bool:
+        """Ask for an interrupt; true when nothing is ready and it is safe to sleep."""
+        return self.ring.arm()
+
+    def disarm(self) -> None:
+        """Ask for no interrupts again."""
+        self.ring.disarm()
+
+    def detach(self) -> None:
+        """Let go of the shared memory, after the device has; only `stop` may be called then."""
+        self.stop()
+        self.ring.detach()
+        self._region = null()
+        self._region_view = memoryview(b"")
+
+    # The compiled inside: nothing below raises, allocates, or needs the interpreter.
+
+    def _run(self, task: Task, slice_ns: int, spin_ns: int) -> int:
+        begun = now_ns()
+        busy = begun  # when something last happened
+        spins = 0
+        rounds = 0
+        while True:
+            if load_acquire_u32(self._stop, 0):
+                return _LOST
+            filled = self._fill(task)
+            if filled < 0:
+                return _UNFIT
+            if filled and self.ring.publish():
+                self._doorbell.ring()
+            got = self._collect(task)
+            if got < 0:
+                return _BROKEN
+            if self._fault_count:
+                return _FAULT
+            if task.finished == task.total:
+                return _DONE
+            if filled or got:
+                spins = 0
+                rounds += 1
+                if rounds % _CLOCK_EVERY == 0 and now_ns() - begun > slice_ns:
+                    return _TICK
+                continue
+            if spins == 0:
+                busy = now_ns()
+            spins += 1
+            relax()
+            if spins % _CLOCK_EVERY == 0 or spin_ns == 0:
+                now = now_ns()
+                if now - busy >= spin_ns:
+                    return _IDLE
+                if now - begun > slice_ns:
+                    return _TICK
+
+    def _fill(self, task: Task) -> int:
+        """Start as many parts as there is room for; their number, or -2 if one does not fit."""
+        count = 0
+        while task.started < task.total and self._free_count:
+            if task._mode == _BOUNCED and task._free_cells == 0:
+                break
+            part = task.started
+            item = part // task.parts
+            within = (part - item * task.parts) * task.part_bytes
+            nbytes = task.item_bytes - within
+            if nbytes > task.part_bytes:
+                nbytes = task.part_bytes
+            place = item * task.item_bytes + within
+            data = task._base
+            if task._mode == _BOUNCED:
+                task._free_cells -= 1
+                data += load_u32(task._cells, 4 * task._free_cells) * task.part_bytes
+                if task.template.direction == _TO_DEVICE:
+                    copy(self._region, data, task._user, place, nbytes)
+            elif task._mode != _CONSTANT:
+                data += place
+            offset = load_u64(task._offsets, 8 * item) + within
+            if self._start(task.template, offset, nbytes, data, part, _TASK) < 0:
+                return _MISFIT
+            task.started += 1
+            task.active += 1
+            count += 1
+        return count
+
+    def _start(
+        self, template: Template, offset: int, nbytes: int, data: int, token: int, state: int
+    ) -> int:
+        """Fill a free slot and offer its head; the slot, -1 if none is free, -2 if too long."""
+        if self._free_count == 0:
+            return _FULL
+        slot = load_u16(self._free, 2 * (self._free_count - 1))
+        record = _RECORD * slot
+        base = self._slots_at + self._stride * slot
+        same = (
+            load_u32(self._records, record + _KEY) == template.key
+            and load_u64(self._records, record + _LENGTH) == nbytes
+        )
+        if same and template.direction != _NO_DATA:
+            same = self._segment(data, nbytes) == nbytes
+            if same:
+                self._move_data(slot, base, template, data)
+        if not same and self._lay_out(slot, base, template, data, nbytes) < 0:
+            store_u32(self._records, record + _KEY, 0)
+            return _MISFIT
+        self._free_count -= 1
+        self._sequence += 1
+        for i in range(template._patch_count):
+            patch = _PATCH * i
+            source = load_u16(template._patch, patch)
+            value = self._sequence
+            if source == _OFFSET:
+                value = offset
+            elif source == _NBYTES:
+                value = nbytes
+            store_field(
+                self._region,
+                base + load_u16(template._patch, patch + 2),
+                value >> load_u16(template._patch, patch + 8),
+                load_u16(template._patch, patch + 4),
+                load_u16(template._patch, patch + 6),
+            )
+        if self._result_wide:
+            store_u64(self._region, base + self._result_at, 0xFFFFFFFFFFFFFFFF)
+        else:
+            store_u8(self._region, base + self._result_at, 0xFF)
+        store_u32(self._records, record + _STATE, state)
+        store_u32(self._records, record + _KEY, template.key)
+        store_u64(self._records, record + _LENGTH, nbytes)
+        store_u64(self._records, record + _OFF, offset)
+        store_u64(self._records, record + _DATA, data)
+        store_u64(self._records, record + _TOKEN, token)
+        self.ring.offer(slot if self.indirect else slot * self._chain)
+        return slot
+
+    def _lay_out(
+        self, slot: int, base: int, template: Template, data: int, nbytes: int
+    ) -> int:
+        """Write a slot's header and descriptors; -1 if the data has too many segments."""
+        copy(
+            self._region, base, template._mem, 0, template.request_bytes + template.payload_bytes
+        )
+        count = 0
+        if template.direction != _NO_DATA:
+            place = data
+            left = nbytes
+            while left:
+                size = self._segment(place, left)
+                place += size
+                left -= size
+                count += 1
+            if count > self.segments:
+                return -1
+        total = 2 + count + (1 if template.payload_bytes else 0)
+        self._describe(slot, base, 0, total, base, template.request_bytes, 0)
+        index = 1
+        if template.payload_bytes:
+            payload = base + template.request_bytes
+            self._describe(slot, base, index, total, payload, template.payload_bytes, 0)
+            index += 1
+        if self._response_first and template.direction != _TO_DEVICE:
+            self._describe_response(slot, base, index, total)
+            index += 1
+        if count:
+            flags = _WRITE if template.direction == _FROM_DEVICE else 0
+            place = data
+            left = nbytes
+            while left:
+                size = self._segment(place, left)
+                self._describe(slot, base, index, total, place, size, flags)
+                place += size
+                left -= size
+                index += 1
+        if index < total:
+            self._describe_response(slot, base, index, total)
+        if self.indirect:
+            table = self._iova(base + self._table_at)
+            self.ring.describe(slot, table, 16 * total, _INDIRECT, 0)
+        return 0
+
+    def _move_data(self, slot: int, base: int, template: Template, data: int) -> None:
+        """Point the one data descriptor of a slot, which is written already, elsewhere."""
+        index = 2 if self._response_first and template.direction == _FROM_DEVICE else 1
+        address = self._iova(data)
+        if self.indirect:
+            store_u64(self._region, base + self._table_at + 16 * index, address)
+        else:
+            self.ring.redirect(slot * self._chain + index, address)
+
+    def _describe_response(self, slot: int, base: int, index: int, total: int) -> None:
+        response = base + self._response_at
+        self._describe(slot, base, index, total, response, self._response_bytes, _WRITE)
+
+    def _describe(
+        self, slot: int, base: int, index: int, total: int, place: int, nbytes: int, flags: int
+    ) -> None:
+        """Write descriptor `index` of a slot's `total`, in its table or in the ring."""
+        address = self._iova(place)
+        if index + 1 < total:
+            flags |= _NEXT
+        if self.indirect:
+            entry = base + self._table_at + 16 * index
+            store_u64(self._region, entry, address)
+            store_u32(self._region, entry + 8, nbytes)
+            store_u16(self._region, entry + 12, flags)
+            store_u16(self._region, entry + 14, index + 1 if flags & _NEXT else 0)
+        else:
+            first = slot * self._chain
+            following = first + index + 1 if flags & _NEXT else 0
+            self.ring.describe(first + index, address, nbytes, flags, following)
+
+    def _iova(self, place: int) -> int:
+        """Where the device finds a byte of the region."""
+        return load_u64(self._iovas, 8 * (place >> self._shift)) + (place & self._page_mask)
+
+    def _segment(self, place: int, nbytes: int) -> int:
+        """How many of `nbytes` at `place` one descriptor may cover."""
+        size = self._page_mask + 1 - (place & self._page_mask)
+        if size > self.segment_bytes:
+            size = self.segment_bytes
+        return size if size < nbytes else nbytes
+
+    def _collect(self, task: Task) -> int:
+        """Take what the device has used; how many, or -1 if it broke the ring."""
+        count = 0
+        while count < self.slots:
+            head = self.ring.reap()
+            if head == _NOTHING:
+                break
+            if head == _RING_BROKEN:
+                return -1
+            count += 1
+            slot = head if self.indirect else head // self._chain
+            record = _RECORD * slot
+            result = self._result(slot)
+            state = load_u32(self._records, record + _STATE)
+            if state == _TASK and result == 0:
+                self._complete(task, record)
+                self._release(slot)
+            elif state == _ORPHAN:
+                self.orphans -= 1
+                self._release(slot)
+            else:
+                store_u64(self._records, record + _RESULT, result)
+                if state == _TASK:
+                    self._give_cell(task, load_u64(self._records, record + _DATA))
+                    store_u16(self._faults, 2 * self._fault_count, slot)
+                    self._fault_count += 1
+                else:
+                    last = (self._ended_first + self._ended_count) % self.slots
+                    store_u16(self._ended, 2 * last, slot)
+                    self._ended_count += 1
+                store_u32(self._records, record + _STATE, _ENDED)
+        return count
+
+    def _result(self, slot: int) -> int:
+        place = self._slots_at + self._stride * slot + self._result_at
+        return load_u64(self._region, place) if self._result_wide else load_u8(self._region, place)
+
+    def _complete(self, task: Task, record: int) -> None:
+        part = load_u64(self._records, record + _TOKEN)
+        data = load_u64(self._records, record + _DATA)
+        if task._mode == _BOUNCED:
+            if task.template.direction == _FROM_DEVICE:
+                item = part // task.parts
+                place = item * task.item_bytes + (part - item * task.parts) * task.part_bytes
+                nbytes = load_u64(self._records, record + _LENGTH)
+                copy(task._user, place, self._region, data, nbytes)
+            self._give_cell(task, data)
+        task._finish(part, True)
+
+    def _give_cell(self, task: Task, data: int) -> None:
+        if task._mode == _BOUNCED:
+            cell = (data - task._base) // task.part_bytes
+            store_u32(task._cells, 4 * task._free_cells, cell)
+            task._free_cells += 1
+
+    def _release(self, slot: int) -> None:
+        store_u32(self._records, _RECORD * slot + _STATE, _FREE)
+        store_u16(self._free, 2 * self._free_count, slot)
+        self._free_count += 1
+
+    def _take(self, slot: int) -> Finished:
+        record = _RECORD * slot
+        begin = self._slots_at + self._stride * slot + self._response_at
+        response = bytes(self._region_view[begin : begin + self._response_bytes])
+        finished = Finished(
+            load_u64(self._records, record + _TOKEN),
+            load_u64(self._records, record + _RESULT),
+            response,
+        )
+        self._release(slot)
+        return finished
