@@ -1,4 +1,4 @@
-"""The clock, the spin hint and eventfds; `_os.pxd` is the compiled twin, callable without the GIL."""
+"""The clock, the spin hint and eventfds; `_os.pxd` is the compiled twin, which needs no GIL."""
 
 from __future__ import annotations
 

@@ -10,5 +10,6 @@ cdef class Buffer:
     cdef readonly size_t offset, nbytes
     cdef readonly Py_ssize_t exports, busy
     cdef readonly bint closed
-    cdef object _view, _give_back, __weakref__
+    cdef readonly object pool
+    cdef object _view, __weakref__
     cdef Mem _mem

@@ -12,7 +12,7 @@ if not cython.compiled:
     from virtio.ring._mem import Py_buffer, address, expose, window
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from virtio.ring.region import Pool
 
 
 class Buffer:
@@ -24,15 +24,15 @@ class Buffer:
     a view lives, whatever becomes of its controller.
     """
 
-    def __init__(self, view: memoryview, offset: int, give_back: Callable[[Buffer], None]) -> None:
+    def __init__(self, view: memoryview, offset: int, pool: Pool) -> None:
         self.offset = offset
         self.nbytes = len(view)
         self.exports = 0
         self.busy = 0
         self.closed = False
+        self.pool = pool
         self._view = view
         self._mem = window(view)
-        self._give_back = give_back
 
     def close(self) -> None:
         """Give the bytes back to the pool; idempotent."""
@@ -42,7 +42,7 @@ class Buffer:
             raise BufferError(f"{self.exports} views of this buffer are still alive")
         self.closed = True
         if not self.busy:
-            self._give_back(self)
+            self.pool.give_back(self)
 
     def hold(self) -> None:
         """A request in flight uses these bytes from now on."""
@@ -53,7 +53,7 @@ class Buffer:
         """The device is done with what `hold` announced."""
         self.busy -= 1
         if self.closed and not self.busy:
-            self._give_back(self)
+            self.pool.give_back(self)
 
     def check(self) -> None:
         """Raise ClosedError if this buffer was closed."""
@@ -80,13 +80,13 @@ class Buffer:
 
     # The buffer protocol: the C form when compiled, the Python form (3.12) when interpreted.
 
-    @cython.annotation_typing(True)
+    @cython.annotation_typing(True)  # type: ignore[no-untyped-call,untyped-decorator,unused-ignore]
     def __getbuffer__(self, buffer: cython.pointer[Py_buffer], flags: cython.int) -> None:
         self.check()
-        expose(buffer, self, self._mem, flags)
+        expose(buffer, self, self._mem, flags)  # type: ignore[arg-type]
         self.exports += 1
 
-    @cython.annotation_typing(True)
+    @cython.annotation_typing(True)  # type: ignore[no-untyped-call,untyped-decorator,unused-ignore]
     def __releasebuffer__(self, buffer: cython.pointer[Py_buffer]) -> None:
         self.exports -= 1
 

@@ -123,9 +123,7 @@ class DeviceRing:
         """The next available index: what the ring's base would be if it started again here."""
         return int(self._avail_idx)
 
-    def attach(
-        self, memory: GuestMemory, desc: memoryview, avail: memoryview, used: memoryview
-    ) -> None:
+    def attach(self, memory: GuestMemory, desc: memoryview, avail: memoryview, used: memoryview) -> None:
         """Take the three areas (2.7) and the map for buffers; again when the map has changed."""
         for name, area, least in (
             ("descriptor table", desc, _DESC * self.size),

@@ -117,9 +117,10 @@ class Pool:
                     f"no {nbytes} bytes in one piece left of the pool's {self.region.size}: close "
                     "buffers, or attach with a larger pool",
                 )
-        return Buffer(self.region.view[offset : offset + nbytes], offset, self._give_back)
+        return Buffer(self.region.view[offset : offset + nbytes], offset, self)
 
-    def _give_back(self, buffer: Buffer) -> None:
+    def give_back(self, buffer: Buffer) -> None:
+        """Take the bytes of a buffer that closes; for `Buffer` to call."""
         start, end = buffer.offset, buffer.offset + -(-buffer.nbytes // 64) * 64
         with self._lock:
             pieces = sorted([*self._free, (start, end)])

@@ -1,7 +1,7 @@
 """C types for requests.py; all code is there."""
 
 cimport cython
-from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from virtio.ring._mem cimport (
     Mem,
@@ -36,6 +36,10 @@ cdef uint32_t _FREE, _TASK, _SINGLE, _ORPHAN, _ENDED
 cdef uint32_t _CLOCK_EVERY
 
 
+@cython.locals(i=int64_t, offset=uint64_t)
+cdef int64_t _first_bad(Mem offsets, int64_t count, uint64_t last, uint64_t grid) noexcept nogil
+
+
 @cython.final
 cdef class Template:
     cdef readonly uint32_t key, request_bytes, payload_bytes
@@ -54,7 +58,7 @@ cdef class Task:
     cdef dict _failed
     cdef Mem _offsets, _user, _status, _left, _cells
     cdef int _mode
-    cdef uint64_t _base
+    cdef uint64_t _base, _depth
     cdef uint32_t _free_cells
 
     @cython.locals(item=uint64_t, left=uint32_t)

@@ -25,10 +25,11 @@ from virtio.ring import split as _split
 
 if not cython.compiled:
     from virtio.ring._mem import (
+        Mem,
         copy,
         fill,
-        load_i32,
         load_acquire_u32,
+        load_i32,
         load_u8,
         load_u16,
         load_u32,
@@ -150,7 +151,7 @@ class Task:
     `status` gets one negative errno an item: 0 when done, -EINPROGRESS until then. `base` is where
     in the region the data is (IN_PLACE: item `i` at `base + i * item_bytes`; CONSTANT: always
     there) or where `cells` bounce cells of `part_bytes` are (BOUNCED, from and to `user`).
-    `buffers` are held as long as the device may touch them.
+    At most `depth` parts are in flight. `buffers` are held as long as the device may touch them.
     """
 
     def __init__(
@@ -164,6 +165,7 @@ class Task:
         base: int = 0,
         user: memoryview | None = None,
         cells: int = 0,
+        depth: int = 1 << 16,
         buffers: Sequence[Buffer] = (),
     ) -> None:
         items = len(offsets)
@@ -181,7 +183,7 @@ class Task:
         self.started = self.finished = self.active = 0
         self.status = array("i", [-_EINPROGRESS]) * items
         self._failed: dict[int, int] = {}
-        self._mode, self._base = mode, base
+        self._mode, self._base, self._depth = mode, base, depth
         self._offsets_view, self._user_view = offsets, user
         self._offsets = window(offsets) if items else null()
         self._user = null() if user is None else window(user)
@@ -220,6 +222,23 @@ class Task:
         store_u32(self._left, 4 * item, left)
         if left == 0 and load_i32(self._status, 4 * item) == -_EINPROGRESS:
             store_i32(self._status, 4 * item, 0)
+
+
+def first_bad_offset(offsets: memoryview, nbytes: int, grid: int, size: int) -> int:
+    """The index of the first of many byte offsets that is off the grid or ends past the disk.
+
+    -1 if there is none. `offsets` are contiguous unsigned 64-bit integers; `nbytes` <= `size`.
+    """
+    mem = window(offsets)
+    return _first_bad(mem, len(offsets), size - nbytes, grid)
+
+
+def _first_bad(offsets: Mem, count: int, last: int, grid: int) -> int:
+    for i in range(count):
+        offset = load_u64(offsets, 8 * i)
+        if offset > last or offset % grid:
+            return i
+    return -1
 
 
 def queue_bytes(size: int, layout: Layout, segments: int, indirect: bool) -> int:
@@ -348,7 +367,7 @@ class RequestQueue:
         """Requests that came back, oldest first; never blocks. `broken` tells of a bad device."""
         if self._collect(self._nothing) < 0:
             self.broken = True
-        finished = []
+        finished: list[Finished] = []
         while self._ended_count and len(finished) < limit:
             slot = load_u16(self._ended, 2 * self._ended_first)
             self._ended_first = (self._ended_first + 1) % self.slots
@@ -372,22 +391,20 @@ class RequestQueue:
 
     def faults(self) -> list[Finished]:
         """The parts whose result was not good, with the part's number as token."""
-        finished = []
+        finished: list[Finished] = []
         while self._fault_count:
             self._fault_count -= 1
             finished.append(self._take(load_u16(self._faults, 2 * self._fault_count)))
         return finished
 
-    def abandon(self, task: Task) -> int:
-        """Forget a task: its requests in flight become orphans, which keep slot and memory."""
-        count = 0
+    def abandon(self) -> None:
+        """Make orphans of all requests in flight: nobody waits, but slot and memory stay taken."""
         for slot in range(self.slots):
-            if load_u32(self._records, _RECORD * slot + _STATE) == _TASK:
-                store_u32(self._records, _RECORD * slot + _STATE, _ORPHAN)
-                count += 1
-        self.orphans += count
+            record = _RECORD * slot
+            if load_u32(self._records, record + _STATE) in (_TASK, _SINGLE):
+                store_u32(self._records, record + _STATE, _ORPHAN)
+                self.orphans += 1
         self.faults()
-        return count
 
     def arm(self) -> bool:
         """Ask for an interrupt; true when nothing is ready and it is safe to sleep."""
@@ -446,7 +463,7 @@ class RequestQueue:
     def _fill(self, task: Task) -> int:
         """Start as many parts as there is room for; their number, or -2 if one does not fit."""
         count = 0
-        while task.started < task.total and self._free_count:
+        while task.started < task.total and self._free_count and task.active < task._depth:
             if task._mode == _BOUNCED and task._free_cells == 0:
                 break
             part = task.started
@@ -507,7 +524,7 @@ class RequestQueue:
                 base + load_u16(template._patch, patch + 2),
                 value >> load_u16(template._patch, patch + 8),
                 load_u16(template._patch, patch + 4),
-                load_u16(template._patch, patch + 6),
+                load_u16(template._patch, patch + 6) != 0,
             )
         if self._result_wide:
             store_u64(self._region, base + self._result_at, 0xFFFFFFFFFFFFFFFF)

@@ -11,7 +11,6 @@ import cython
 
 if not cython.compiled:
     from virtio.ring._mem import (
-        Mem,
         fill,
         full_fence,
         load_acquire_u16,

@@ -1,0 +1,87 @@
+"""The control thread: one epoll loop a process, for everything that is not a request.
+
+It exists while something is watched. Callbacks run in it, one at a time, and must not block.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from collections.abc import Callable
+
+Callback = Callable[[int], None]  # called with the epoll events
+
+
+class _Loop:
+    """One thread and what it watches. Owns its epoll and wake-up descriptors."""
+
+    def __init__(self) -> None:
+        self.callbacks: dict[int, Callback] = {}
+        self.epoll = select.epoll()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.epoll.register(self._wake, select.EPOLLIN)
+        self._thread = threading.Thread(target=self._run, name="virtio-control", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Let the thread end, and wait for that unless this is it."""
+        os.eventfd_write(self._wake, 1)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def close(self) -> None:
+        self.epoll.close()
+        os.close(self._wake)
+
+    def _run(self) -> None:
+        while True:
+            for fd, events in self.epoll.poll():
+                if fd == self._wake:
+                    self.close()
+                    return
+                with _lock:
+                    callback = self.callbacks.get(fd)
+                    if callback is not None:
+                        callback(events)
+
+
+_lock = threading.RLock()  # held while a callback runs, and to look at `_loop`
+_loop: _Loop | None = None
+
+
+def watch(fd: int, events: int, callback: Callback) -> None:
+    """Call `callback(events)` in the control thread whenever epoll reports `events` on `fd`.
+
+    Level-triggered: a callback that does not clear the reason must `unwatch`.
+    """
+    global _loop
+    with _lock:
+        if _loop is None:
+            _loop = _Loop()
+        _loop.callbacks[fd] = callback
+        _loop.epoll.register(fd, events)
+
+
+def unwatch(fd: int) -> None:
+    """Stop watching, before the descriptor is closed; no callback for it runs afterwards."""
+    global _loop
+    idle = None
+    with _lock:
+        if _loop is not None and _loop.callbacks.pop(fd, None) is not None:
+            _loop.epoll.unregister(fd)
+            if not _loop.callbacks:
+                idle, _loop = _loop, None
+    if idle is not None:
+        idle.stop()
+
+
+def _after_fork_in_child() -> None:
+    global _loop, _lock
+    _lock = threading.RLock()
+    if _loop is not None:
+        _loop.close()
+        _loop = None
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

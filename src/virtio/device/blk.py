@@ -1,0 +1,180 @@
+"""virtio-blk (5.2)."""
+
+from __future__ import annotations
+
+import errno
+
+from virtio.errors import DeviceError, ProtocolError
+from virtio.ring.lease import Lease
+from virtio.ring.requests import (
+    FROM_DEVICE,
+    NBYTES,
+    OFFSET,
+    TO_DEVICE,
+    Finished,
+    Layout,
+    Patch,
+    Template,
+)
+from virtio.wire.blk import (
+    ID_SIZE,
+    SECTOR_SIZE,
+    UNMAP,
+    BlkConfig,
+    BlkFeature,
+    BlkStatus,
+    Range,
+    RequestHeader,
+    RequestType,
+    config_span,
+    decode_id,
+)
+from virtio.wire.virtio import feature_names
+
+from .base import Device
+from .disk import Disk, Limits
+
+_HEADER = RequestHeader.FORMAT.size
+_RANGE = Range.FORMAT.size
+_SHIFT = 9  # bytes to sectors
+_MAX_BLOCK = 1 << 20
+_MAX_SECTORS = 0xFFFFFFFF  # in a Range
+
+_ERRORS = {
+    BlkStatus.IOERR: (errno.EIO, "the device reports an I/O error (IOERR)"),
+    BlkStatus.UNSUPP: (errno.EOPNOTSUPP, "the device does not support the request (UNSUPP)"),
+    0xFF: (errno.EIO, "the device completed the request without writing a status"),
+}
+
+
+class BlkDevice(Device):
+    """A virtio-blk device: one disk."""
+
+    FEATURES = BlkFeature
+    WANTED = (
+        BlkFeature.SIZE_MAX
+        | BlkFeature.SEG_MAX
+        | BlkFeature.RO
+        | BlkFeature.BLK_SIZE
+        | BlkFeature.FLUSH
+        | BlkFeature.TOPOLOGY
+        | BlkFeature.MQ
+        | BlkFeature.DISCARD
+        | BlkFeature.WRITE_ZEROES
+    )
+    LAYOUT = Layout(
+        request=_HEADER,
+        payload=_RANGE,
+        response=1,
+        result_offset=0,
+        result_width=1,
+        response_first=False,
+    )
+
+    config: BlkConfig
+
+    def _configure(self) -> None:
+        own = self.features & 0xFFFFFF
+        config = BlkConfig.decode(self.transport.read_config(config_span(own)), own)
+        self.config = config
+        self.block_size = SECTOR_SIZE if config.blk_size is None else config.blk_size
+        size = self.block_size
+        if size % SECTOR_SIZE or size & (size - 1) or not SECTOR_SIZE <= size <= _MAX_BLOCK:
+            raise ProtocolError(
+                f"{self.transport.address} has blk_size {size}, want a power of two from "
+                f"{SECTOR_SIZE} to {_MAX_BLOCK}"
+            )
+        # qemu-storage-daemon offers SIZE_MAX with a size_max of 0, and means no limit.
+        size_max = config.size_max or 0xFFFFFFFF
+        self._limit_segments(config.seg_max or 1, size_max)
+        if self.segments * self.segment_bytes < size:
+            raise ProtocolError(
+                f"{self.transport.address} has size_max {size_max} and seg_max {config.seg_max}: "
+                f"no block of {size} bytes fits in a request"
+            )
+        self.num_queues = 1 if config.num_queues is None else config.num_queues
+
+    def discover(self, deadline: int | None) -> list[Disk]:
+        """The one disk; its serial is read from it (GET_ID), or empty where there is none."""
+        return [self._disk(self._read_id(self.leases[0], deadline))]
+
+    def _disk(self, serial: str) -> Disk:
+        config, block = self.config, self.block_size
+        size = config.capacity * SECTOR_SIZE // block * block
+        unmap = _whole(config.max_discard_sectors, block)
+        zeroes = _whole(config.max_write_zeroes_sectors, block)
+        return Disk(
+            place="",
+            product="VirtioBlk Disk",
+            serial=serial,
+            size=size,
+            block_size=block,
+            read_only=bool(self.features & BlkFeature.RO),
+            limits=Limits(
+                max_transfer=self.segments * self.segment_bytes // block * block,
+                max_unmap=unmap,
+                unmap_alignment=(config.discard_sector_alignment or 0) * SECTOR_SIZE,
+                max_write_zeroes=zeroes,
+            ),
+            read=_transfer(RequestType.IN, FROM_DEVICE),
+            write=_transfer(RequestType.OUT, TO_DEVICE),
+            flush=_plain(RequestType.FLUSH) if self.features & BlkFeature.FLUSH else None,
+            unmap=_on_range(RequestType.DISCARD, 0) if unmap else None,
+            write_zeroes=_on_range(RequestType.WRITE_ZEROES, 0) if zeroes else None,
+            write_zeroes_unmap=_on_range(
+                RequestType.WRITE_ZEROES, UNMAP if config.write_zeroes_may_unmap else 0
+            )
+            if zeroes
+            else None,
+            explain=_explain,
+        )
+
+    def _read_id(self, lease: Lease, deadline: int | None) -> str:
+        template = Template(
+            RequestHeader(RequestType.GET_ID, 0, 0).encode(), direction=FROM_DEVICE
+        )
+        with lease, self.pool.take(ID_SIZE) as buffer, lease.holding(buffer):
+            buffer.view()[:] = bytes(ID_SIZE)
+            lease.queue.submit(template, 0, ID_SIZE, buffer.offset, 0)
+            lease.queue.kick()
+            (finished,) = lease.gather(1, deadline)
+            return decode_id(bytes(buffer.view())) if finished.result == BlkStatus.OK else ""
+
+    def __repr__(self) -> str:
+        names = ", ".join(feature_names(self.features, BlkFeature))
+        return f"<BlkDevice {self.transport.address}, {len(self.leases)} queues, {names}>"
+
+
+def _whole(sectors: int | None, block: int) -> int:
+    """A limit of sectors as bytes in whole blocks; 0 where there is no such operation."""
+    return min(sectors or 0, _MAX_SECTORS) * SECTOR_SIZE // block * block
+
+
+def _transfer(kind: RequestType, direction: int) -> Template:
+    return Template(
+        RequestHeader(kind, 0, 0).encode(),
+        direction=direction,
+        patches=[Patch(OFFSET, 8, 8, shift=_SHIFT)],
+    )
+
+
+def _plain(kind: RequestType) -> Template:
+    return Template(RequestHeader(kind, 0, 0).encode())
+
+
+def _on_range(kind: RequestType, flags: int) -> Template:
+    return Template(
+        RequestHeader(kind, 0, 0).encode(),
+        payload=Range(0, 0, flags).encode(),
+        patches=[
+            Patch(OFFSET, _HEADER, 8, shift=_SHIFT),
+            Patch(NBYTES, _HEADER + 8, 4, shift=_SHIFT),
+        ],
+    )
+
+
+def _explain(finished: Finished, offset: int) -> DeviceError:
+    code, words = _ERRORS.get(
+        finished.result, (errno.EIO, f"the device answered with status {finished.result:#x}")
+    )
+    return DeviceError(code, words, offset=offset, status=finished.result)

@@ -1,0 +1,51 @@
+"""One disk, whatever kind of device it is behind: its limits and its request templates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from virtio.errors import DeviceError
+    from virtio.ring.requests import Finished, Template
+
+
+class Limits(NamedTuple):
+    """What one request to a disk may ask for; all in bytes, but `depth` in requests a queue.
+
+    0 says that the disk cannot do it at all. `unmap_alignment` is a hint for splitting.
+    """
+
+    max_transfer: int
+    max_unmap: int = 0
+    unmap_alignment: int = 0
+    max_write_zeroes: int = 0
+    depth: int = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A virtio-blk device or a logical unit of a virtio-scsi one.
+
+    `size` is in bytes, a multiple of `block_size`. `place` tells it from its controller's others:
+    "" for virtio-blk, "t0", "t0l3" for a unit. A template that is None is an operation it lacks;
+    `write_zeroes` leaves blocks allocated, `write_zeroes_unmap` need not. `explain` turns the bad
+    result of a request, and its offset, into an error.
+    """
+
+    place: str
+    product: str
+    serial: str
+    size: int
+    block_size: int
+    read_only: bool
+    limits: Limits
+    read: Template
+    write: Template
+    flush: Template | None
+    unmap: Template | None
+    write_zeroes: Template | None
+    write_zeroes_unmap: Template | None
+    explain: Callable[[Finished, int], DeviceError] = field(repr=False)

@@ -1,0 +1,263 @@
+"""virtio-scsi (5.6): the logical units of up to 256 targets."""
+
+from __future__ import annotations
+
+import enum
+import errno
+import logging
+from collections import deque
+
+from virtio.errors import DeviceError, ProtocolError
+from virtio.ring.buffer import Buffer
+from virtio.ring.requests import (
+    FROM_DEVICE,
+    NBYTES,
+    NO_DATA,
+    OFFSET,
+    TAG,
+    TO_DEVICE,
+    Finished,
+    Layout,
+    Patch,
+    Template,
+)
+from virtio.wire import scsi
+from virtio.wire.sense import Sense, SenseKey
+from virtio.wire.virtio_scsi import (
+    CDB_SIZE,
+    SENSE_SIZE,
+    RequestHeader,
+    Response,
+    ResponseCode,
+    ScsiConfig,
+    ScsiFeature,
+    encode_lun,
+)
+
+from .base import MAX_TRANSFER, Device
+from .disk import Disk, Limits
+from .probe import REPLY_BYTES, Command, Conversation, Reply, Unit, probe_target
+
+log = logging.getLogger("virtio.scsi")
+
+_CDB_AT = 19  # where the command begins in a request (5.6.6.1)
+_TAG = Patch(TAG, 8, 8)
+_RESULT_AT = 4  # residual, status qualifier, status and response: 0 when all is well
+_UNWRITTEN = (1 << 64) - 1
+_AT_ONCE = 32  # conversations under way during discovery
+_SECTOR = 512  # the unit of max_sectors
+
+_BY_KEY = {
+    SenseKey.NOT_READY: errno.ENXIO,
+    SenseKey.DATA_PROTECT: errno.EROFS,
+    SenseKey.ILLEGAL_REQUEST: errno.EINVAL,
+    SenseKey.UNIT_ATTENTION: errno.EAGAIN,
+}
+_BY_STATUS: dict[int, int] = {
+    scsi.Status.BUSY: errno.EBUSY,
+    scsi.Status.TASK_SET_FULL: errno.EBUSY,
+    scsi.Status.RESERVATION_CONFLICT: errno.EBUSY,
+}
+_BY_RESPONSE: dict[int, int] = {
+    ResponseCode.BAD_TARGET: errno.ENODEV,
+    ResponseCode.INCORRECT_LUN: errno.ENODEV,
+    ResponseCode.BUSY: errno.EBUSY,
+}
+
+
+class ScsiDevice(Device):
+    """A virtio-scsi host device; its control and event queues are set up, and idle so far."""
+
+    FEATURES = ScsiFeature
+    WANTED = 0
+    FIXED_QUEUES = 2  # control and event queue (5.6.2)
+    LAYOUT = Layout(
+        request=_CDB_AT + CDB_SIZE,
+        payload=0,
+        response=12 + SENSE_SIZE,
+        result_offset=_RESULT_AT,
+        result_width=8,
+        response_first=True,
+    )
+
+    config: ScsiConfig
+
+    def _configure(self) -> None:
+        transport = self.transport
+        if transport.has_config:
+            self.config = ScsiConfig.decode(transport.read_config(ScsiConfig.FORMAT.size))
+        else:
+            # Without MQ the number of queues is known beforehand: one for requests.
+            queues = 1 if transport.max_queues is None else transport.max_queues - self.FIXED_QUEUES
+            self.config = ScsiConfig(num_queues=queues)
+        config = self.config
+        if (config.sense_size, config.cdb_size) != (SENSE_SIZE, CDB_SIZE):
+            raise ProtocolError(
+                f"{transport.address} has sense_size {config.sense_size} and cdb_size "
+                f"{config.cdb_size} after a reset, want {SENSE_SIZE} and {CDB_SIZE}"
+            )
+        self.num_queues = config.num_queues
+        self._limit_segments(1, MAX_TRANSFER)
+        self.units: dict[tuple[int, int], Unit] = {}
+
+    def discover(self, deadline: int | None) -> list[Disk]:
+        """Ask every target for its units, many at once; `units` has all that answered."""
+        targets = range(self.config.max_target + 1)
+        found = self._converse(
+            {target: probe_target(self.config.max_lun) for target in targets}, deadline
+        )
+        disks = []
+        for target in targets:
+            for unit in found[target]:
+                self.units[target, unit.lun] = unit
+                if unit.problem:
+                    log.warning("target %d LUN %d: %s", target, unit.lun, unit.problem)
+                elif (disk := self._disk(target, unit)) is not None:
+                    disks.append(disk)
+        return disks
+
+    def _converse(
+        self, conversations: dict[int, Conversation[list[Unit]]], deadline: int | None
+    ) -> dict[int, list[Unit]]:
+        """Drive a conversation with each target to its end; the units each ends with."""
+        lease = self.leases[0]
+        results: dict[int, list[Unit]] = {}
+        waiting = deque(sorted(conversations))
+        width = min(_AT_ONCE, lease.queue.slots)
+        with lease, self.pool.take(width * REPLY_BYTES) as buffer, lease.holding(buffer):
+            places = list(range(width))
+            active: dict[int, tuple[int, Command]] = {}  # by place: target and its command
+            while waiting or active:
+                while waiting and places:
+                    target, place = waiting.popleft(), places.pop()
+                    command = next(conversations[target])
+                    self._send(target, command, buffer, place)
+                    active[place] = target, command
+                lease.queue.kick()
+                for finished in lease.gather(1, deadline):
+                    place = finished.token
+                    target, command = active.pop(place)
+                    reply = _reply(finished, buffer, place, command.nbytes)
+                    try:
+                        command = conversations[target].send(reply)
+                    except StopIteration as end:
+                        results[target] = end.value
+                        places.append(place)
+                    else:
+                        self._send(target, command, buffer, place)
+                        active[place] = target, command
+        return results
+
+    def _send(self, target: int, command: Command, buffer: Buffer, place: int) -> None:
+        template = _template(
+            target, command.lun, command.cdb, FROM_DEVICE if command.nbytes else NO_DATA
+        )
+        start = place * REPLY_BYTES
+        buffer.view()[start : start + command.nbytes] = bytes(command.nbytes)
+        sent = self.leases[0].queue.submit(
+            template, 0, command.nbytes, buffer.offset + start, place
+        )
+        assert sent, "as many places as slots"
+
+    def _disk(self, target: int, unit: Unit) -> Disk | None:
+        assert unit.capacity is not None
+        block, blocks = unit.capacity.block_size, unit.capacity.blocks
+        if block % _SECTOR or block & (block - 1) or block > MAX_TRANSFER:
+            log.warning("target %d LUN %d: blocks of %d bytes", target, unit.lun, block)
+            return None
+        config, lun, shift = self.config, unit.lun, block.bit_length() - 1
+        limit = min(MAX_TRANSFER, config.max_sectors * _SECTOR or MAX_TRANSFER)
+        wide = unit.wide and blocks > 1 << 32
+        if not wide:
+            limit = min(limit, 0xFFFF * block)
+        read, write = (scsi.read_16, scsi.write_16) if wide else (scsi.read_10, scsi.write_10)
+        lba, length = _CDB_AT + 2, _CDB_AT + (10 if wide else 7)
+        patches = [
+            _TAG,
+            Patch(OFFSET, lba, 8 if wide else 4, big_endian=True, shift=shift),
+            Patch(NBYTES, length, 4 if wide else 2, big_endian=True, shift=shift),
+        ]
+        return Disk(
+            place=f"t{target}" + (f"l{lun}" if lun else ""),
+            product="Virtio SCSI Disk",
+            serial=unit.serial,
+            size=blocks * block,
+            block_size=block,
+            read_only=unit.write_protected,
+            limits=Limits(
+                max_transfer=limit // block * block,
+                depth=max(1, config.cmd_per_lun // len(self.leases)),
+            ),
+            read=_template(target, lun, read(0, 0), FROM_DEVICE, patches),
+            write=_template(target, lun, write(0, 0), TO_DEVICE, patches),
+            flush=_template(target, lun, scsi.synchronize_cache_10(), NO_DATA),
+            unmap=None,
+            write_zeroes=None,
+            write_zeroes_unmap=None,
+            explain=_explain,
+        )
+
+    def __repr__(self) -> str:
+        return f"<ScsiDevice {self.transport.address}, {len(self.leases)} request queues>"
+
+
+def _template(
+    target: int,
+    lun: int,
+    cdb: bytes,
+    direction: int,
+    patches: list[Patch] | tuple[Patch, ...] = (_TAG,),
+) -> Template:
+    header = RequestHeader(encode_lun(target, lun), 0, cdb=cdb).encode()
+    return Template(header, direction=direction, patches=patches)
+
+
+def _reply(finished: Finished, buffer: Buffer, place: int, nbytes: int) -> Reply:
+    if finished.result == _UNWRITTEN:
+        return Reply(ResponseCode.FAILURE, 0, b"", b"")
+    response = Response.decode(finished.response)
+    start = place * REPLY_BYTES
+    came = max(0, nbytes - response.residual)
+    data = bytes(buffer.view()[start : start + came])
+    return Reply(response.response, response.status, response.sense, data)
+
+
+def _explain(finished: Finished, offset: int) -> DeviceError:
+    """The error behind a response that is not all zero where it should be."""
+    if finished.result == _UNWRITTEN:
+        words = "the device completed the request without writing a response"
+        return DeviceError(errno.EIO, words, offset=offset)
+    response = Response.decode(finished.response)
+    if response.response != ResponseCode.OK:
+        code = _BY_RESPONSE.get(response.response, errno.EIO)
+        return DeviceError(
+            code,
+            f"virtio-scsi response {_name(ResponseCode, response.response)}",
+            offset=offset,
+            status=response.status,
+        )
+    if response.status == scsi.Status.CHECK_CONDITION:
+        sense = Sense.decode(response.sense)
+        return DeviceError(
+            _BY_KEY.get(sense.key, errno.EIO),
+            sense.describe(),
+            offset=offset,
+            status=response.status,
+            sense=response.sense,
+        )
+    if response.status != scsi.Status.GOOD:
+        return DeviceError(
+            _BY_STATUS.get(response.status, errno.EIO),
+            f"SCSI status {_name(scsi.Status, response.status)}",
+            offset=offset,
+            status=response.status,
+        )
+    words = f"the device moved {response.residual} bytes less than asked for"
+    return DeviceError(errno.EIO, words, offset=offset)
+
+
+def _name(numbers: type[enum.IntEnum], value: int) -> str:
+    try:
+        return numbers(value).name
+    except ValueError:
+        return f"{value:#x}"

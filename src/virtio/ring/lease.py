@@ -1,0 +1,281 @@
+"""Who may use a request queue, and how to wait for it: one thread at a time, every wait bounded."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING
+
+from virtio.errors import (
+    ChannelInUse,
+    ClosedError,
+    DeviceError,
+    ProtocolError,
+    RequestError,
+    RequestTimeout,
+    VirtioError,
+)
+from virtio.ring.requests import (
+    BROKEN,
+    DONE,
+    FAULT,
+    FROM_DEVICE,
+    IDLE,
+    LOST,
+    UNFIT,
+    Finished,
+    RequestQueue,
+    Task,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from virtio.ring.buffer import Buffer
+
+_RETIRE_S = 5.0
+_SLICE_NS = 20_000_000  # how long a compiled loop may keep a Ctrl-C waiting
+
+
+def deadline_in(seconds: float | None) -> int | None:
+    """The moment, on the monotonic clock in nanoseconds, that is so many seconds away."""
+    return None if seconds is None else time.monotonic_ns() + int(seconds * 1e9)
+
+
+class Life:
+    """Whether a device is still there, for all who wait for it. Owns an eventfd.
+
+    `end` may be called from any thread, and counts once; from then on `fd` is readable, compiled
+    loops come back, and `check` raises.
+    """
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.error: VirtioError | None = None
+        self._queues: list[RequestQueue] = []
+        self._lock = threading.Lock()
+        _alive.add(self)
+
+    def adopt(self, queue: RequestQueue) -> None:
+        """Stop this queue too when the life ends."""
+        with self._lock:
+            self._queues.append(queue)
+            if self.error is not None:
+                queue.stop()
+
+    def end(self, error: VirtioError) -> None:
+        """The device is no more, and this is what everybody is told."""
+        with self._lock:
+            if self.error is not None:
+                return
+            self.error = error
+            for queue in self._queues:
+                queue.stop()
+            if self.fd >= 0:
+                os.eventfd_write(self.fd, 1)
+
+    def check(self) -> None:
+        """Raise what ended this life, each time as a new exception."""
+        if self.error is not None:
+            raise type(self.error)(*self.error.args) from None
+
+    def close(self) -> None:
+        """End it as closed, and close the descriptor; idempotent."""
+        self.end(ClosedError("the controller was closed"))
+        with self._lock:
+            fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _forked(self) -> None:
+        """In the child of a fork: the parent keeps the device, and its descriptors stay silent."""
+        self._lock = threading.Lock()
+        self.error = ClosedError(
+            f"this controller belongs to the parent of process {os.getpid()}: attach again here"
+        )
+        for queue in self._queues:
+            queue.stop()
+
+
+_alive: weakref.WeakSet[Life] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for life in list(_alive):
+        life._forked()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+class Lease:
+    """A request queue in the hands of one caller at a time. Closes `completion_fd`'s owner not."""
+
+    def __init__(self, queue: RequestQueue, life: Life, completion_fd: int) -> None:
+        self.queue = queue
+        self.life = life
+        self.completion_fd = completion_fd
+        self._lock = threading.Lock()
+        self._quarantine: list[tuple[tuple[Buffer, ...], object]] = []
+        self._poll = select.poll()
+        self._poll.register(completion_fd, select.POLLIN)
+        self._poll.register(life.fd, select.POLLIN)
+        life.adopt(queue)
+
+    def __enter__(self) -> Lease:
+        self.life.check()
+        if not self._lock.acquire(blocking=False):
+            raise ChannelInUse(
+                "another thread is inside a call on this queue: open a channel in each thread"
+            )
+        try:
+            self.life.check()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.release()
+
+    def retire(self) -> None:
+        """Wait until no call is inside, and let none in any more; the life must have ended."""
+        if not self._lock.acquire(timeout=_RETIRE_S):
+            raise RequestTimeout("a call on this queue did not come back at the end of its device")
+
+    def execute(
+        self,
+        task: Task,
+        deadline: int | None,
+        spin_ns: int,
+        explain: Callable[[Finished, int], DeviceError],
+    ) -> DeviceError | None:
+        """Run a task to its end; the error of its first failed part by position, or None.
+
+        To be called inside `with lease`. `explain` turns a bad result, and where on the disk it
+        was, into an error. On a time-out, a lost device or Ctrl-C the requests in flight become
+        orphans: they keep their slots and the task's buffers until the device returns them, and
+        nothing is written by this queue before that.
+        """
+        for buffer in task.buffers:
+            buffer.check()
+        self._reclaim()
+        if self.queue.orphans and task.template.direction != FROM_DEVICE:
+            self._settle(deadline)
+        for buffer in task.buffers:
+            buffer.hold()
+        try:
+            return self._drive(task, deadline, spin_ns, explain)
+        finally:
+            self._let_go(task.buffers, task if task.active else None)
+
+    def _let_go(self, buffers: Sequence[Buffer], in_flight: object) -> None:
+        """Let go of buffers, or keep them and `in_flight`, whatever it is, for the device."""
+        if in_flight:
+            self.queue.abandon()
+            self._quarantine.append((tuple(buffers), in_flight))
+        else:
+            for buffer in buffers:
+                buffer.let_go()
+
+    def _drive(
+        self,
+        task: Task,
+        deadline: int | None,
+        spin_ns: int,
+        explain: Callable[[Finished, int], DeviceError],
+    ) -> DeviceError | None:
+        first, error = task.total, None
+        while True:
+            reason = self.queue.run(task, _SLICE_NS, spin_ns)
+            if reason == DONE:
+                return error
+            if reason == FAULT:
+                for finished in self.queue.faults():
+                    failure = explain(finished, task.offset(finished.token))
+                    task.fail(finished.token, failure.errno or 0)
+                    if finished.token < first:
+                        first, error = finished.token, failure
+            elif reason == UNFIT:
+                raise RequestError(
+                    f"{task.part_bytes} bytes do not fit in {self.queue.segments} segments of "
+                    f"{self.queue.segment_bytes}"
+                )
+            elif reason in (BROKEN, LOST):
+                self._raise_broken()
+            else:
+                self._check_deadline(deadline, task.total - task.finished)
+                if reason == IDLE:
+                    self.sleep(deadline)
+
+    def sleep(self, deadline: int | None) -> None:
+        """Sleep until the device has completed something, the deadline, or the device's end."""
+        if self.queue.arm():
+            left = -1 if deadline is None else max(0, deadline - time.monotonic_ns())
+            for fd, _ in self._poll.poll(None if left < 0 else left / 1e6):
+                if fd == self.completion_fd:
+                    self._drain()
+        self.queue.disarm()
+        self.life.check()
+
+    @contextlib.contextmanager
+    def holding(self, *buffers: Buffer) -> Iterator[None]:
+        """For requests submitted one by one: what is still in flight at the end is orphaned."""
+        for buffer in buffers:
+            buffer.hold()
+        try:
+            yield
+        finally:
+            self._let_go(buffers, self.queue.in_flight > self.queue.orphans)
+
+    def gather(self, least: int, deadline: int | None) -> list[Finished]:
+        """At least so many of the requests submitted one by one; sleeps until they are back."""
+        finished: list[Finished] = []
+        while True:
+            finished += self.queue.poll(self.queue.slots)
+            if self.queue.broken:
+                self._raise_broken()
+            if len(finished) >= least:
+                return finished
+            self._check_deadline(deadline, self.queue.in_flight)
+            self.sleep(deadline)
+
+    def _drain(self) -> None:
+        try:
+            os.eventfd_read(self.completion_fd)
+        except BlockingIOError:
+            pass  # somebody else's wake-up, or a peer that plays with it
+
+    def _settle(self, deadline: int | None) -> None:
+        """Wait for the orphans: one of them may be a write that has yet to land."""
+        while self.queue.orphans:
+            self.queue.poll(0)
+            if self.queue.broken:
+                self._raise_broken()
+            if self.queue.orphans:
+                self._check_deadline(deadline, self.queue.orphans)
+                self.sleep(deadline)
+        self._reclaim()
+
+    def _reclaim(self) -> None:
+        if self._quarantine and not self.queue.orphans:
+            kept, self._quarantine = self._quarantine, []
+            for buffers, _ in kept:
+                self._let_go(buffers, None)
+
+    def _check_deadline(self, deadline: int | None, waiting: int) -> None:
+        if deadline is not None and time.monotonic_ns() >= deadline:
+            raise RequestTimeout(
+                f"the device has not answered {waiting} requests in time; they may still take "
+                "effect"
+            )
+
+    def _raise_broken(self) -> None:
+        if self.queue.broken:
+            self.life.end(ProtocolError(f"the device broke its ring: {self.queue.ring.fault()}"))
+        self.life.check()
+        raise ClosedError("the queue was stopped")

@@ -1,0 +1,1 @@
+"""How a device is reached: sockets, memory, status and features; nothing of what it does."""

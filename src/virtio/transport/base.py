@@ -1,0 +1,92 @@
+"""What every way to reach a device offers, and the start of every device: reset, negotiation."""
+
+from __future__ import annotations
+
+import enum
+import errno
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from virtio.errors import TransportError
+from virtio.wire.virtio import Feature, Status, feature_names
+
+if TYPE_CHECKING:
+    from virtio.ring.doorbell import Doorbell
+    from virtio.ring.lease import Life
+    from virtio.ring.region import Mapping, Region
+
+# Ring features that the rings here know how to honour.
+RING_FEATURES = Feature.INDIRECT_DESC | Feature.EVENT_IDX
+
+
+class RingAddresses(NamedTuple):
+    """The areas of one split ring in this process: descriptor table, available and used ring."""
+
+    size: int
+    descriptor: int
+    available: int
+    used: int
+
+
+class QueuePort(NamedTuple):
+    """A queue that was set up: how to kick it, and the eventfd of its completions."""
+
+    doorbell: Doorbell
+    completion_fd: int
+
+
+class Transport(Protocol):
+    """A device within reach. The order of calls is that of a virtio initialization (3.1.1)."""
+
+    address: str  # as a user wrote it: "user:/run/disk.sock"
+    life: Life
+    allowed: int  # feature bits of rings and transport that may be accepted here
+    required: int  # and those without which this transport does not work
+    max_queues: int | None  # None: the transport sets no limit
+    has_config: bool  # whether `read_config` works
+
+    def reset(self) -> None: ...
+    def status(self) -> Status: ...
+    def set_status(self, status: Status) -> None: ...
+    def offered(self) -> int: ...
+    def accept(self, features: int) -> None: ...
+    def read_config(self, nbytes: int) -> bytes: ...
+    def map(self, region: Region) -> Mapping: ...
+    def setup_queue(self, index: int, addresses: RingAddresses, base: int) -> QueuePort: ...
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def negotiate(transport: Transport, device: type[enum.IntFlag], wanted: int, needed: int) -> int:
+    """Steps 1 to 6 of the initialization (3.1.1); the features that both sides now live by.
+
+    `wanted` and `needed` are bits of the `device` type; those of rings and transport are decided
+    here. TransportError if a needed one is missing or the device takes its consent back.
+    """
+    transport.reset()
+    status = Status.ACKNOWLEDGE
+    transport.set_status(status)
+    status |= Status.DRIVER
+    transport.set_status(status)
+    offered = transport.offered()
+    missing = (needed | transport.required) & ~offered
+    if missing:
+        transport.set_status(status | Status.FAILED)
+        raise TransportError(
+            errno.EOPNOTSUPP,
+            f"{transport.address} does not offer {', '.join(feature_names(missing, device))}; it "
+            f"offers {', '.join(feature_names(offered, device)) or 'nothing'}",
+        )
+    own = (RING_FEATURES | Feature.ORDER_PLATFORM) & transport.allowed | transport.required
+    accepted = offered & (wanted | own)
+    transport.accept(accepted)
+    status |= Status.FEATURES_OK
+    transport.set_status(status)
+    if not transport.status() & Status.FEATURES_OK:
+        transport.set_status(status | Status.FAILED)
+        raise TransportError(
+            errno.EOPNOTSUPP,
+            f"{transport.address} refuses {', '.join(feature_names(accepted, device))}, though it "
+            "offered all of them",
+        )
+    return accepted

@@ -1,0 +1,282 @@
+"""The vhost-user front end: a device behind a Unix socket (QEMU's docs/interop/vhost-user.rst).
+
+The order of messages is the one that all back ends accept. What a back end lacks of REPLY_ACK,
+CONFIG, MQ, CONFIGURE_MEM_SLOTS, STATUS and BACKEND_REQ is done without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import select
+import socket
+
+from virtio import control
+from virtio.errors import ProtocolError, TransportError, VirtioError
+from virtio.ring.doorbell import Doorbell
+from virtio.ring.lease import Life
+from virtio.ring.region import Mapping, Region
+from virtio.transport.base import QueuePort, RingAddresses
+from virtio.transport.session import Session, close_all, receive, send_reply
+from virtio.wire.vhost_user import (
+    PROTOCOL_FEATURES,
+    BackendRequest,
+    ConfigSpace,
+    Decoder,
+    MemoryRegion,
+    MemoryTable,
+    Message,
+    ProtocolFeature,
+    Request,
+    SingleMemoryRegion,
+    VringAddress,
+    VringFd,
+    VringState,
+    decode_u64,
+    encode_u64,
+    expected_ack,
+)
+from virtio.wire.virtio import Feature, Status
+
+log = logging.getLogger("virtio.vhost_user")
+
+# What we can do of the protocol's extensions; BACKEND_REQ only where its answers are possible.
+_EXTENSIONS = (
+    ProtocolFeature.MQ
+    | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.BACKEND_REQ
+    | ProtocolFeature.CONFIG
+    | ProtocolFeature.CONFIGURE_MEM_SLOTS
+    | ProtocolFeature.STATUS
+)
+_GUEST_BASE = 1 << 32  # where our memory is for the back end: not where it is for us
+_ENABLED = 1
+_GONE = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+
+
+class VhostUser:
+    """A connection to a back end. Owns the socket, the channel back and every ring's eventfds."""
+
+    allowed = int(Feature.INDIRECT_DESC | Feature.EVENT_IDX | Feature.ORDER_PLATFORM)
+    required = int(Feature.VERSION_1)
+
+    def __init__(self, path: str, timeout: float = 5.0) -> None:
+        """Connect and learn what the back end can do; each wait is bounded by `timeout` seconds.
+
+        Raises TransportError, ProtocolError or RequestTimeout, and leaves nothing behind then.
+        """
+        self.address = f"user:{path}"
+        self.path = path
+        self._pid = os.getpid()
+        self._status = Status(0)
+        self._features = 0
+        self._next_guest_address = _GUEST_BASE
+        self._regions: list[MemoryRegion] = []
+        self._region_fds: list[int] = []
+        self._slots = 8
+        self._ports: list[tuple[int, int]] = []  # kick and call eventfd of each ring
+        self._back: socket.socket | None = None
+        self._session = Session(path, timeout)
+        self.life = Life()
+        try:
+            self._shake_hands()
+            control.watch(self._session.fileno(), _GONE, self._peer_gone)
+        except BaseException:
+            self.close()
+            raise
+
+    def _shake_hands(self) -> None:
+        session = self._session
+        session.tell(Request.SET_OWNER)
+        self._offered = session.ask(Request.GET_FEATURES, decode_u64)
+        self.max_queues: int | None = None
+        if self._offered & PROTOCOL_FEATURES:
+            offered = ProtocolFeature(session.ask(Request.GET_PROTOCOL_FEATURES, decode_u64))
+            taken = offered & _EXTENSIONS
+            session.tell(Request.SET_PROTOCOL_FEATURES, encode_u64(taken))
+            session.features = taken
+        if session.features & ProtocolFeature.MQ:
+            self.max_queues = session.ask(Request.GET_QUEUE_NUM, decode_u64)
+        if session.features & ProtocolFeature.CONFIGURE_MEM_SLOTS:
+            self._slots = session.ask(Request.GET_MAX_MEM_SLOTS, decode_u64)
+        if session.features & ProtocolFeature.BACKEND_REQ:
+            self._open_back_channel()
+        self.has_config = bool(session.features & ProtocolFeature.CONFIG)
+
+    # Status and features (3.1.1).
+
+    def reset(self) -> None:
+        """Status 0. A back end without STATUS starts each connection anew."""
+        self.set_status(Status(0))
+
+    def status(self) -> Status:
+        """The device status field; without STATUS what we wrote, as nobody could object."""
+        if self._session.features & ProtocolFeature.STATUS:
+            return Status(self._session.ask(Request.GET_STATUS, decode_u64) & 0xFF)
+        return self._status
+
+    def set_status(self, status: Status) -> None:
+        """Write the device status field."""
+        self._status = status
+        if self._session.features & ProtocolFeature.STATUS:
+            self._session.tell(Request.SET_STATUS, encode_u64(status))
+
+    def offered(self) -> int:
+        """Feature bits of the device, rings and transport, without the protocol's own bit."""
+        return self._offered & ~PROTOCOL_FEATURES
+
+    def accept(self, features: int) -> None:
+        """Write the driver's features; the protocol's own bit is added wherever it was offered."""
+        self._features = features | self._offered & PROTOCOL_FEATURES
+        self._session.tell(Request.SET_FEATURES, encode_u64(self._features))
+
+    def read_config(self, nbytes: int) -> bytes:
+        """The first `nbytes` of the configuration space, in one message: there is no generation.
+
+        TransportError if there is no access to it; ProtocolError for an answer of another size.
+        """
+        if not self.has_config:
+            raise TransportError(
+                errno.EOPNOTSUPP, f"{self.address} gives no access to its configuration space"
+            )
+
+        def decode(payload: bytes) -> bytes:
+            if not payload:
+                raise ProtocolError(f"{self.address} refused to read {nbytes} configuration bytes")
+            answer = ConfigSpace.decode(payload)
+            if (answer.offset, answer.size) != (0, nbytes):
+                raise ProtocolError(
+                    f"{self.address} sent {answer.size} configuration bytes from {answer.offset}, "
+                    f"want {nbytes} from 0"
+                )
+            return answer.payload
+
+        return self._session.ask(Request.GET_CONFIG, decode, ConfigSpace(0, nbytes).encode())
+
+    # Memory and rings.
+
+    def map(self, region: Region) -> Mapping:
+        """Share a region; its descriptor stays the region's."""
+        if len(self._regions) >= self._slots:
+            raise TransportError(
+                errno.ENOSPC, f"{self.address} takes no more than {self._slots} memory regions"
+            )
+        shared = MemoryRegion(self._next_guest_address, region.size, region.address, 0)
+        self._next_guest_address += region.size
+        self._regions.append(shared)
+        self._region_fds.append(region.fd)
+        session = self._session
+        if session.features & ProtocolFeature.CONFIGURE_MEM_SLOTS:
+            payload = SingleMemoryRegion(shared).encode()
+            session.tell(Request.ADD_MEM_REG, payload, [region.fd])
+        else:
+            payload = MemoryTable(tuple(self._regions)).encode()
+            session.tell(Request.SET_MEM_TABLE, payload, self._region_fds)
+        if not session.features & ProtocolFeature.REPLY_ACK:
+            session.ask(Request.GET_FEATURES, decode_u64)  # answered when the memory is mapped
+        return Mapping.contiguous(shared.guest_address)
+
+    def setup_queue(self, index: int, addresses: RingAddresses, base: int) -> QueuePort:
+        """Describe ring `index`, which must be the next one, and hand over its eventfds."""
+        if index != len(self._ports):
+            raise ValueError(f"ring {index} set up after {len(self._ports)} others")
+        session = self._session
+        session.tell(Request.SET_VRING_NUM, VringState(index, addresses.size).encode())
+        session.tell(Request.SET_VRING_BASE, VringState(index, base).encode())
+        session.tell(
+            Request.SET_VRING_ADDR,
+            VringAddress(
+                index, 0, addresses.descriptor, addresses.used, addresses.available
+            ).encode(),
+        )
+        kick = call = -1
+        try:
+            kick = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            call = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError as error:
+            close_all([fd for fd in (kick, call) if fd >= 0])
+            raise TransportError(
+                error.errno or errno.EMFILE, f"no eventfd for ring {index}: see `ulimit -n`"
+            ) from error
+        self._ports.append((kick, call))
+        session.tell(Request.SET_VRING_CALL, VringFd(index).encode(), [call])
+        session.tell(Request.SET_VRING_KICK, VringFd(index).encode(), [kick])
+        return QueuePort(Doorbell(kick), call)
+
+    def start(self) -> None:
+        """Enable every ring, say DRIVER_OK, and kick each ring once: that starts it."""
+        if self._features & PROTOCOL_FEATURES:
+            for index in range(len(self._ports)):
+                payload = VringState(index, _ENABLED).encode()
+                self._session.tell(Request.SET_VRING_ENABLE, payload)
+        self.set_status(self._status | Status.DRIVER_OK)
+        for kick, _ in self._ports:
+            os.eventfd_write(kick, 1)
+
+    def stop(self) -> None:
+        """Stop every ring and wait for each: afterwards the back end writes no memory (VHU-9)."""
+        for index in range(len(self._ports)):
+            payload = VringState(index, 0).encode()
+            self._session.ask(Request.GET_VRING_BASE, VringState.decode, payload)
+        self.reset()
+
+    def close(self) -> None:
+        """Stop the rings if that can still be done, and let go of everything; idempotent."""
+        if os.getpid() == self._pid:
+            if self._session.error is None:
+                # The socket is ours until here: nobody must take its end for the device's.
+                control.unwatch(self._session.fileno())
+                with contextlib.suppress(VirtioError):
+                    self.stop()
+            if self._back is not None:
+                control.unwatch(self._back.fileno())
+        self.life.close()
+        self._session.close()
+        if self._back is not None:
+            self._back.close()
+            close_all(self._decoder.close())
+            self._back = None
+        ports, self._ports = self._ports, []
+        close_all([fd for port in ports for fd in port])
+
+    # The control thread's part.
+
+    def _peer_gone(self, events: int) -> None:
+        control.unwatch(self._session.fileno())
+        self.life.end(
+            TransportError(errno.ECONNRESET, f"the back end at {self.path} closed the connection")
+        )
+
+    def _open_back_channel(self) -> None:
+        self._back, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._decoder = Decoder()
+        with theirs:
+            self._back.setblocking(False)
+            control.watch(self._back.fileno(), select.EPOLLIN, self._serve_back_end)
+            self._session.tell(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
+
+    def _serve_back_end(self, events: int) -> None:
+        assert self._back is not None
+        try:
+            data, fds = receive(self._back, self._decoder.wanted)
+            messages = self._decoder.feed(data, fds) if data else []
+        except BlockingIOError:
+            return
+        except (OSError, ProtocolError) as error:
+            log.warning("%s: the channel back is closed: %s", self.address, error)
+            data, messages = b"", []
+        for message in messages:
+            self._answer(message)
+        if not data:
+            control.unwatch(self._back.fileno())
+
+    def _answer(self, message: Message) -> None:
+        """CONFIG_CHANGE is accepted; nothing else was negotiated, so nothing else is granted."""
+        assert self._back is not None
+        log.debug("<< %s", message.describe(BackendRequest))
+        close_all(message.fds)
+        refused = message.request != BackendRequest.CONFIG_CHANGE_MSG
+        if expected_ack(message, self._session.features):
+            send_reply(self._back, message.reply(encode_u64(refused)))

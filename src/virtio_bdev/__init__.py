@@ -1,0 +1,46 @@
+"""Block devices over virtio, with no VM and no kernel driver in the way.
+
+    with virtio_bdev.attach("user:/run/vhost.0", dev_type="blk") as controller:
+        for bdev in controller.values():
+            with bdev.open() as channel:
+                print(bdev.name, channel.read(0, 512))
+"""
+
+from virtio.errors import (
+    ChannelInUse,
+    ClosedError,
+    DeviceError,
+    NoQueueError,
+    ProtocolError,
+    QueueFullError,
+    ReadOnlyError,
+    RequestError,
+    RequestTimeout,
+    TransportError,
+    VirtioError,
+)
+from virtio.ring.buffer import Buffer
+from virtio_bdev.bdev import Bdev
+from virtio_bdev.channel import Batch, Channel
+from virtio_bdev.registry import Controller, DevType, attach
+
+__all__ = [
+    "Batch",
+    "Bdev",
+    "Buffer",
+    "Channel",
+    "ChannelInUse",
+    "ClosedError",
+    "Controller",
+    "DevType",
+    "DeviceError",
+    "NoQueueError",
+    "ProtocolError",
+    "QueueFullError",
+    "ReadOnlyError",
+    "RequestError",
+    "RequestTimeout",
+    "TransportError",
+    "VirtioError",
+    "attach",
+]

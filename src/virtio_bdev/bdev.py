@@ -1,0 +1,141 @@
+"""A named block device."""
+
+from __future__ import annotations
+
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from virtio_bdev.channel import Channel, Wait
+
+if TYPE_CHECKING:
+    from virtio.device.disk import Disk, Limits
+    from virtio_bdev.registry import Controller
+
+_UUIDS = uuid.UUID("5b9d0d4e-6d0c-5b0a-9b60-0d6b1a8f2f11")  # of this library, for version 5
+
+
+class Bdev:
+    """One disk of a controller: attributes that do not change, and channels to it.
+
+    `size` and `block_size` are in bytes; every offset and length is a multiple of `block_size`.
+    `uuid` is made from the controller's address and the disk's place there, since identifiers that
+    devices give are not unique.
+    """
+
+    def __init__(self, controller: Controller, disk: Disk, name: str) -> None:
+        self.name = name
+        self.controller = controller
+        self.disk = disk
+        self.uuid = str(uuid.uuid5(_UUIDS, f"{controller.address} {disk.place}"))
+
+    @property
+    def size(self) -> int:
+        return self.disk.size
+
+    @property
+    def block_size(self) -> int:
+        return self.disk.block_size
+
+    @property
+    def blocks(self) -> int:
+        return self.disk.size // self.disk.block_size
+
+    @property
+    def read_only(self) -> bool:
+        return self.disk.read_only
+
+    @property
+    def limits(self) -> Limits:
+        """What one request to the device may ask for; longer calls are split."""
+        return self.disk.limits
+
+    @property
+    def state(self) -> str:
+        """ "online", or "lost" once the device has gone or was closed."""
+        return "online" if self.controller.device.life.error is None else "lost"
+
+    def open(self, *, wait: Wait = "adaptive", timeout: float | None = 30.0) -> Channel:
+        """A channel on this thread's queue, or on a free one that becomes this thread's.
+
+        `wait`: "adaptive" spins for a moment, then sleeps; "poll" spins; "event" sleeps. `timeout`
+        bounds each call, in seconds; None for no bound. NoQueueError when all queues are taken by
+        other threads.
+        """
+        return Channel(self, wait=wait, timeout=timeout)
+
+    def describe(self) -> dict[str, Any]:
+        """The keys and values of SPDK's `bdev_get_bdevs`."""
+        disk, device = self.disk, self.controller.device
+        able = {
+            "read": True,
+            "write": not disk.read_only,
+            "unmap": disk.unmap is not None and not disk.read_only,
+            "flush": True,
+            "write_zeroes": not disk.read_only,
+        }
+        return {
+            "name": self.name,
+            "aliases": [self.uuid],
+            "product_name": disk.product,
+            "block_size": disk.block_size,
+            "num_blocks": self.blocks,
+            "preferred_write_alignment": 0,
+            "preferred_write_granularity": 0,
+            "optimal_write_size": 0,
+            "preferred_unmap_alignment": disk.limits.unmap_alignment // disk.block_size,
+            "preferred_unmap_granularity": 0,
+            "uuid": self.uuid,
+            "assigned_rate_limits": dict.fromkeys(_RATE_LIMITS, 0),
+            "claimed": False,
+            "zoned": False,
+            "supported_io_types": {io_type: able.get(io_type, False) for io_type in _IO_TYPES},
+            "driver_specific": {
+                "virtio": {
+                    "vq_count": device.FIXED_QUEUES + len(device.leases),
+                    "vq_size": device.queue_size,
+                    "type": "user",
+                    "socket": self.controller.address.removeprefix("user:"),
+                }
+            },
+        }
+
+    def __repr__(self) -> str:
+        queues = len(self.controller.device.leases)
+        return (
+            f"<Bdev {self.name} {human(self.size)}, {self.block_size} B blocks, {self.state}, "
+            f"{queues} queue{'s' if queues != 1 else ''}>"
+        )
+
+
+_RATE_LIMITS = ("rw_ios_per_sec", "rw_mbytes_per_sec", "r_mbytes_per_sec", "w_mbytes_per_sec")
+_IO_TYPES = (
+    "read",
+    "write",
+    "unmap",
+    "flush",
+    "reset",
+    "nvme_admin",
+    "nvme_io",
+    "nvme_io_md",
+    "write_zeroes",
+    "zcopy",
+    "get_zone_info",
+    "zone_management",
+    "zone_append",
+    "compare",
+    "compare_and_write",
+    "abort",
+    "seek_hole",
+    "seek_data",
+    "copy",
+    "nvme_iov_md",
+    "nvme_nssr",
+    "write_uncorrectable",
+)
+
+
+def human(nbytes: int) -> str:
+    """A size for people: "64 MiB", "1.5 GiB"."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+    power = min(max(nbytes.bit_length() - 1, 0) // 10, len(units) - 1)
+    return f"{nbytes / 1024**power:.4g} {units[power]}"

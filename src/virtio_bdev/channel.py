@@ -1,0 +1,339 @@
+"""Moving data: the calls of a thread to a disk."""
+
+from __future__ import annotations
+
+import errno
+import warnings
+from array import array
+from typing import TYPE_CHECKING, Literal
+
+from virtio.errors import (
+    ClosedError,
+    DeviceError,
+    ReadOnlyError,
+    RequestError,
+    TransportError,
+    VirtioError,
+)
+from virtio.ring.buffer import Buffer
+from virtio.ring.lease import deadline_in
+from virtio.ring.requests import (
+    BOUNCED,
+    CONSTANT,
+    IN_PLACE,
+    Task,
+    Template,
+    first_bad_offset,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer as BufferProtocol
+
+    from virtio_bdev.bdev import Bdev
+
+Wait = Literal["adaptive", "poll", "event"]
+
+_SPIN_NS = {"adaptive": 50_000, "poll": 1 << 62, "event": 0}
+_BOUNCE_BYTES = 8 << 20  # of the pool, for one call
+_ZERO_BYTES = 256 << 10  # of zeros, where the device cannot write zeroes itself
+
+
+class Batch:
+    """What became of a batch: `status` has one negative errno an item, 0 for success.
+
+    An item that was not finished, because the batch was cut short, has -EINPROGRESS.
+    """
+
+    def __init__(self, status: array[int], first: DeviceError | None, index: int) -> None:
+        self.status = status
+        self._first = first
+        self._index = index
+
+    def raise_for_status(self) -> None:
+        """Raise the DeviceError of the first item that failed, if any."""
+        if self._first is not None:
+            self._first.add_note(f"item {self._index} of a batch of {len(self.status)}")
+            raise self._first
+
+    def __len__(self) -> int:
+        return len(self.status)
+
+    def __repr__(self) -> str:
+        bad = sum(1 for code in self.status if code)
+        return f"<Batch of {len(self.status)}, {bad} failed>"
+
+
+class Channel:
+    """Reads and writes of one disk on one queue lease, one call at a time.
+
+    Offsets and lengths are in bytes, multiples of the disk's block size. All channels that a
+    thread opens on one controller share a queue, and a call on one of them while another is under
+    way raises ChannelInUse. Buffers of `Controller.buffer` are used in place, others are copied.
+    Any call raises RequestError, before anything is sent, for what can be known to be wrong;
+    DeviceError for what the device refuses; RequestTimeout; TransportError or ProtocolError when
+    the device is lost; ClosedError.
+    """
+
+    def __init__(self, bdev: Bdev, *, wait: Wait, timeout: float | None) -> None:
+        if wait not in _SPIN_NS:
+            raise RequestError(f"wait={wait!r}, want one of {', '.join(_SPIN_NS)}")
+        self.bdev = bdev
+        self.timeout = timeout
+        self.wait = wait
+        self._controller = bdev.controller
+        self._disk = bdev.disk
+        self._scratch: Buffer | None = None
+        self.closed = True  # until there is a lease
+        self._lease = self._controller.take_lease()
+        self.closed = False
+
+    # Calls.
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """The bytes of the disk from `offset` on."""
+        data = bytearray(nbytes)
+        self.readinto(offset, data)
+        return bytes(data)
+
+    def readinto(self, offset: int, into: BufferProtocol | Buffer) -> None:
+        """Fill a writable buffer with the bytes of the disk from `offset` on."""
+        view = _bytes_of(into, writable=True)
+        self._check(offset, view.nbytes)
+        self._transfer(self._disk.read, _one(offset), view.nbytes, into, view)
+
+    def write(self, offset: int, data: BufferProtocol | Buffer, *, fua: bool = False) -> None:
+        """Write bytes at `offset`; with `fua` they are durable when the call returns."""
+        view = _bytes_of(data)
+        self._check(offset, view.nbytes, write=True)
+        self._transfer(self._disk.write, _one(offset), view.nbytes, data, view)
+        if fua:
+            self.flush()
+
+    def unmap(self, offset: int, nbytes: int) -> None:
+        """Tell the disk that these bytes are not needed any more; they may read anything after."""
+        self._check(offset, nbytes, write=True)
+        if self._disk.unmap is None:
+            raise RequestError(f"{self.bdev.name} does not support unmap")
+        self._command(self._disk.unmap, offset, nbytes, self._disk.limits.max_unmap)
+
+    def write_zeroes(self, offset: int, nbytes: int, *, unmap: bool = True) -> None:
+        """Make these bytes zero; with `unmap` the disk may give the space back, if it can."""
+        self._check(offset, nbytes, write=True)
+        template = self._disk.write_zeroes_unmap if unmap else self._disk.write_zeroes
+        if template is not None:
+            self._command(template, offset, nbytes, self._disk.limits.max_write_zeroes)
+        elif nbytes:
+            part = min(self._disk.limits.max_transfer, _ZERO_BYTES, nbytes)
+            part -= part % self.bdev.block_size
+            with self._controller.buffer(part) as zeros:
+                zeros.view()[:] = bytes(part)
+                self._run(
+                    Task(
+                        self._disk.write,
+                        _one(offset),
+                        nbytes,
+                        part,
+                        mode=CONSTANT,
+                        base=zeros.offset,
+                        depth=self._disk.limits.depth,
+                        buffers=[zeros],
+                    )
+                )
+
+    def flush(self) -> None:
+        """Make durable what was written and has completed, by whichever channel.
+
+        A disk that offers no flush is taken to write through (5.2.5.2).
+        """
+        self._check_open()
+        if self._disk.flush is not None and not self._disk.read_only:
+            try:
+                self._command(self._disk.flush, 0, 1, 1)
+            except DeviceError as error:
+                error.offset = None
+                raise
+
+    def read_batch(self, offsets: BufferProtocol, nbytes: int, into: BufferProtocol) -> Batch:
+        """Read `nbytes` at each of many offsets; item `i` goes to `into[i * nbytes:]`.
+
+        `offsets` are 64-bit integers: an `array("Q")`, a NumPy array, a memoryview. One compiled
+        loop runs all of it without the GIL, as many requests in flight as the queue holds. An
+        error of the device is told in the Batch; a batch that is cut short, by the exception that
+        is raised, which has it as `batch`.
+        """
+        return self._batch(self._disk.read, offsets, nbytes, into, write=False)
+
+    def write_batch(self, offsets: BufferProtocol, nbytes: int, data: BufferProtocol) -> Batch:
+        """Write `nbytes` at each of many offsets; item `i` comes from `data[i * nbytes:]`."""
+        return self._batch(self._disk.write, offsets, nbytes, data, write=True)
+
+    def close(self) -> None:
+        """Give the queue back if this was the thread's last channel; idempotent."""
+        if not self.closed:
+            self.closed = True
+            if self._scratch is not None:
+                self._scratch.close()
+            self._controller.return_lease(self._lease)
+
+    # How they are done.
+
+    def _batch(
+        self,
+        template: Template,
+        offsets: BufferProtocol,
+        nbytes: int,
+        user: BufferProtocol | Buffer,
+        *,
+        write: bool,
+    ) -> Batch:
+        where = memoryview(offsets)
+        if where.itemsize != 8 or where.ndim != 1 or not where.c_contiguous:
+            raise RequestError(
+                f"offsets of {where.itemsize} bytes in {where.ndim} dimensions: want contiguous "
+                'unsigned 64-bit integers, such as array("Q")'
+            )
+        view = _bytes_of(user, writable=not write)
+        self._check(0, nbytes, write=write)
+        if nbytes == 0 and len(where):
+            raise RequestError("items of 0 bytes")
+        if view.nbytes < len(where) * nbytes:
+            raise RequestError(f"{view.nbytes} bytes for {len(where)} items of {nbytes}")
+        if len(where) == 0:
+            return Batch(array("i"), None, 0)
+        bad = first_bad_offset(where, nbytes, self.bdev.block_size, self.bdev.size)
+        if bad >= 0:
+            self._check(where[bad], nbytes)
+            raise RequestError(f"offset {where[bad]} of item {bad}")
+        return self._transfer(template, where, nbytes, user, view, raising=False)
+
+    def _transfer(
+        self,
+        template: Template,
+        offsets: memoryview,
+        nbytes: int,
+        user: object,
+        view: memoryview,
+        *,
+        raising: bool = True,
+    ) -> Batch:
+        """Move data from or to the user's memory, in place if the device can reach it."""
+        if nbytes == 0:
+            return Batch(array("i"), None, 0)
+        limits = self._disk.limits
+        part = min(nbytes, limits.max_transfer)
+        place = self._controller.device.locate(view)
+        if isinstance(user, Buffer) and user.pool is not self._controller.device.pool:
+            place = -1
+        if place >= 0:
+            held = [user] if isinstance(user, Buffer) else []
+            task = Task(
+                template,
+                offsets,
+                nbytes,
+                part,
+                mode=IN_PLACE,
+                base=place,
+                user=view,
+                depth=limits.depth,
+                buffers=held,
+            )
+        else:
+            total = -(-nbytes // part) * len(offsets)
+            scratch = self._bounce(part, min(total, limits.depth, self._lease.queue.slots))
+            task = Task(
+                template,
+                offsets,
+                nbytes,
+                part,
+                mode=BOUNCED,
+                base=scratch.offset,
+                user=view,
+                cells=scratch.nbytes // part,
+                depth=limits.depth,
+                buffers=[scratch],
+            )
+        return self._run(task, raising=raising)
+
+    def _bounce(self, part: int, cells: int) -> Buffer:
+        """A buffer of up to so many cells of `part` bytes, kept for the next call."""
+        nbytes = max(part, min(cells * part, _BOUNCE_BYTES))
+        scratch = self._scratch
+        if scratch is not None and not scratch.busy and nbytes <= scratch.nbytes:
+            return scratch
+        if scratch is not None:
+            self._scratch = None
+            scratch.close()
+        while True:
+            try:
+                self._scratch = self._controller.buffer(nbytes)
+                return self._scratch
+            except TransportError as error:
+                if error.errno != errno.ENOMEM or nbytes <= part:
+                    raise
+                nbytes = max(part, nbytes // 2)
+
+    def _command(self, template: Template, offset: int, nbytes: int, part: int) -> None:
+        """A request without data; nothing at all for a range of 0 bytes."""
+        if nbytes:
+            depth = self._disk.limits.depth
+            self._run(Task(template, _one(offset), nbytes, min(part, nbytes), depth=depth))
+
+    def _run(self, task: Task, *, raising: bool = True) -> Batch:
+        deadline = deadline_in(self.timeout)
+        try:
+            with self._lease as lease:
+                error = lease.execute(task, deadline, _SPIN_NS[self.wait], self._disk.explain)
+        except VirtioError as broken:
+            broken.batch = Batch(task.status, None, 0)
+            raise
+        if error is not None and raising:
+            raise error
+        first = next((i for i, code in enumerate(task.status) if code), 0) if error else 0
+        return Batch(task.status, error, first)
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ClosedError(f"this channel of {self.bdev.name} was closed")
+        self._controller.device.life.check()
+
+    def _check(self, offset: int, nbytes: int, *, write: bool = False) -> None:
+        self._check_open()
+        size, grid = self.bdev.size, self.bdev.block_size
+        if write and self.bdev.read_only:
+            raise ReadOnlyError(f"{self.bdev.name} is read-only")
+        if offset < 0 or nbytes < 0 or offset + nbytes > size:
+            raise RequestError(
+                f"{nbytes} bytes at {offset} do not lie within the {size} bytes of {self.bdev.name}"
+            )
+        if offset % grid or nbytes % grid:
+            raise RequestError(
+                f"{nbytes} bytes at {offset} are not on the {grid}-byte grid of {self.bdev.name}"
+            )
+
+    def __enter__(self) -> Channel:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not self.closed:
+            warnings.warn(f"{self!r} was not closed", ResourceWarning, stacklevel=2)
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<Channel to {self.bdev.name}, {'closed' if self.closed else self.wait}>"
+
+
+def _one(offset: int) -> memoryview:
+    return memoryview(array("Q", [offset]))
+
+
+def _bytes_of(data: BufferProtocol | Buffer, *, writable: bool = False) -> memoryview:
+    """A flat view of a user's memory."""
+    view = data.view() if isinstance(data, Buffer) else memoryview(data)
+    if not view.c_contiguous:
+        raise RequestError("the buffer is not contiguous")
+    if writable and view.readonly:
+        raise RequestError("the buffer is read-only, and is to be read into")
+    return view.cast("B") if view.nbytes else memoryview(bytearray())
