@@ -12,11 +12,16 @@ import os
 
 
 class VirtioError(Exception):
-    """The root of every error that this library raises on purpose."""
+    """The root of every error that this library raises on purpose.
+
+    `batch` is what a batch call had come to when it was cut short by this error, else None.
+    """
+
+    batch: object = None
 
 
 class TransportError(VirtioError, OSError):
-    """The device cannot be reached, or has gone: a socket, a mapping or a file descriptor failed."""
+    """The device cannot be reached, or has gone: a socket, mapping or file descriptor failed."""
 
 
 class ProtocolError(VirtioError):

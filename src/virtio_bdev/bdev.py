@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from typing import TYPE_CHECKING, Any
 
+from virtio.errors import ReadOnlyError, RequestError
 from virtio_bdev.channel import Channel, Wait
 
 if TYPE_CHECKING:
@@ -62,6 +63,20 @@ class Bdev:
         other threads.
         """
         return Channel(self, wait=wait, timeout=timeout)
+
+    def check(self, offset: int, nbytes: int, *, write: bool = False) -> None:
+        """Raise RequestError unless this range could be read, or ReadOnlyError for a write."""
+        if write and self.read_only:
+            raise ReadOnlyError(f"{self.name} is read-only")
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
+            raise RequestError(
+                f"{nbytes} bytes at {offset} do not lie within the {self.size} bytes of {self.name}"
+            )
+        if offset % self.block_size or nbytes % self.block_size:
+            raise RequestError(
+                f"{nbytes} bytes at {offset} are not on the {self.block_size}-byte grid of "
+                f"{self.name}"
+            )
 
     def describe(self) -> dict[str, Any]:
         """The keys and values of SPDK's `bdev_get_bdevs`."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Literal
 from virtio.errors import (
     ClosedError,
     DeviceError,
-    ReadOnlyError,
     RequestError,
     TransportError,
     VirtioError,
@@ -298,17 +297,7 @@ class Channel:
 
     def _check(self, offset: int, nbytes: int, *, write: bool = False) -> None:
         self._check_open()
-        size, grid = self.bdev.size, self.bdev.block_size
-        if write and self.bdev.read_only:
-            raise ReadOnlyError(f"{self.bdev.name} is read-only")
-        if offset < 0 or nbytes < 0 or offset + nbytes > size:
-            raise RequestError(
-                f"{nbytes} bytes at {offset} do not lie within the {size} bytes of {self.bdev.name}"
-            )
-        if offset % grid or nbytes % grid:
-            raise RequestError(
-                f"{nbytes} bytes at {offset} are not on the {grid}-byte grid of {self.bdev.name}"
-            )
+        self.bdev.check(offset, nbytes, write=write)
 
     def __enter__(self) -> Channel:
         return self

@@ -7,7 +7,7 @@ import errno
 import logging
 from collections import deque
 
-from virtio.errors import DeviceError, ProtocolError
+from virtio.errors import DeviceError, ProtocolError, TransportError
 from virtio.ring.buffer import Buffer
 from virtio.ring.requests import (
     FROM_DEVICE,
@@ -22,7 +22,9 @@ from virtio.ring.requests import (
     Template,
 )
 from virtio.wire import scsi
+from virtio.wire.blk import BlkFeature
 from virtio.wire.sense import Sense, SenseKey
+from virtio.wire.virtio import feature_names
 from virtio.wire.virtio_scsi import (
     CDB_SIZE,
     SENSE_SIZE,
@@ -44,6 +46,7 @@ _CDB_AT = 19  # where the command begins in a request (5.6.6.1)
 _TAG = Patch(TAG, 8, 8)
 _RESULT_AT = 4  # residual, status qualifier, status and response: 0 when all is well
 _UNWRITTEN = (1 << 64) - 1
+_NOT_SCSI = 0xFFFFF0  # feature bits of a device type that virtio-scsi has no names for
 _AT_ONCE = 32  # conversations under way during discovery
 _SECTOR = 512  # the unit of max_sectors
 
@@ -84,6 +87,12 @@ class ScsiDevice(Device):
 
     def _configure(self) -> None:
         transport = self.transport
+        if transport.offered() & _NOT_SCSI:
+            names = ", ".join(feature_names(transport.offered() & 0xFFFFFF, BlkFeature))
+            raise TransportError(
+                errno.ENODEV,
+                f"{transport.address} offers {names}: looks like virtio-blk; add --dev-type blk",
+            )
         if transport.has_config:
             self.config = ScsiConfig.decode(transport.read_config(ScsiConfig.FORMAT.size))
         else:

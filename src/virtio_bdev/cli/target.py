@@ -1,0 +1,28 @@
+"""`virtio-bdev target`."""
+
+from __future__ import annotations
+
+import click
+
+from virtio import target
+
+
+@click.command()
+@click.argument("socket", type=click.Path())
+@click.option("--dev-type", type=click.Choice(["scsi", "blk"]), default="scsi", show_default=True)
+@click.option(
+    "--disk",
+    "disks",
+    multiple=True,
+    required=True,
+    metavar="SPEC",
+    help="ram:64M or file:PATH[,ro]; for scsi perhaps TARGET:LUN=SPEC. Several disks become SCSI "
+    "targets 0, 1, ...",
+)
+@click.option("--queues", type=click.IntRange(1), default=4, show_default=True)
+def command(socket: str, dev_type: str, disks: tuple[str, ...], queues: int) -> None:
+    """Serve disks on the vhost-user socket SOCKET, to one front end after another.
+
+    Prints "ready: SOCKET" once front ends can connect; SIGINT or SIGTERM ends it.
+    """
+    target.run(socket, dev_type, list(disks), queues)
