@@ -5,10 +5,13 @@ It exists while something is watched. Callbacks run in it, one at a time, and mu
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import threading
 from collections.abc import Callable
+
+log = logging.getLogger("virtio.control")
 
 Callback = Callable[[int], None]  # called with the epoll events
 
@@ -43,7 +46,13 @@ class _Loop:
                 with _lock:
                     callback = self.callbacks.get(fd)
                     if callback is not None:
-                        callback(events)
+                        self._call(callback, events)
+
+    def _call(self, callback: Callback, events: int) -> None:
+        try:
+            callback(events)
+        except Exception:  # one watcher's mistake must not end everybody's loop
+            log.exception("a callback of the control thread failed")
 
 
 _lock = threading.RLock()  # held while a callback runs, and to look at `_loop`

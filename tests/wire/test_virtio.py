@@ -2,8 +2,7 @@
 
 import enum
 
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from virtio.wire.blk import BlkFeature
 from virtio.wire.virtio import (

@@ -7,7 +7,7 @@ import errno
 import logging
 from collections import deque
 
-from virtio.errors import DeviceError, ProtocolError, TransportError
+from virtio.errors import DeviceError, ProtocolError
 from virtio.ring.buffer import Buffer
 from virtio.ring.requests import (
     FROM_DEVICE,
@@ -46,7 +46,8 @@ _CDB_AT = 19  # where the command begins in a request (5.6.6.1)
 _TAG = Patch(TAG, 8, 8)
 _RESULT_AT = 4  # residual, status qualifier, status and response: 0 when all is well
 _UNWRITTEN = (1 << 64) - 1
-_NOT_SCSI = 0xFFFFF0  # feature bits of a device type that virtio-scsi has no names for
+_DEVICE_BITS = 0xFFFFFF  # feature bits whose meaning the device type decides (6)
+_NOT_SCSI = _DEVICE_BITS & ~0xF  # those that virtio-scsi has no names for
 _AT_ONCE = 32  # conversations under way during discovery
 _SECTOR = 512  # the unit of max_sectors
 
@@ -87,12 +88,6 @@ class ScsiDevice(Device):
 
     def _configure(self) -> None:
         transport = self.transport
-        if transport.offered() & _NOT_SCSI:
-            names = ", ".join(feature_names(transport.offered() & 0xFFFFFF, BlkFeature))
-            raise TransportError(
-                errno.ENODEV,
-                f"{transport.address} offers {names}: looks like virtio-blk; add --dev-type blk",
-            )
         if transport.has_config:
             self.config = ScsiConfig.decode(transport.read_config(ScsiConfig.FORMAT.size))
         else:
@@ -104,10 +99,19 @@ class ScsiDevice(Device):
             raise ProtocolError(
                 f"{transport.address} has sense_size {config.sense_size} and cdb_size "
                 f"{config.cdb_size} after a reset, want {SENSE_SIZE} and {CDB_SIZE}"
+                + self._guess()
             )
         self.num_queues = config.num_queues
         self._limit_segments(1, MAX_TRANSFER)
         self.units: dict[tuple[int, int], Unit] = {}
+
+    def _guess(self) -> str:
+        """What an error may add when the features are rather those of virtio-blk."""
+        offered = self.transport.offered() & _DEVICE_BITS
+        if not offered & _NOT_SCSI:
+            return ""
+        names = ", ".join(feature_names(offered, BlkFeature))
+        return f"; it offers {names}: looks like virtio-blk; add --dev-type blk"
 
     def discover(self, deadline: int | None) -> list[Disk]:
         """Ask every target for its units, many at once; `units` has all that answered."""

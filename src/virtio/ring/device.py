@@ -13,7 +13,6 @@ import cython
 
 if not cython.compiled:
     from virtio.ring._mem import (
-        Mem,
         full_fence,
         load_acquire_u16,
         load_u16,

@@ -112,6 +112,11 @@ class Session:
     def fileno(self) -> int:
         return self._socket.fileno()
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called: there is no descriptor any more."""
+        return self._socket.fileno() < 0
+
     def close(self) -> None:
         """Close the socket; idempotent."""
         self._socket.close()
@@ -154,8 +159,9 @@ class Session:
                 self.error = self._gone(message, error)
                 raise self.error from error
             finally:
-                if self.error is not None:
-                    self._socket.close()
+                if self.error is not None:  # the descriptor may be watched: `close` closes it
+                    with contextlib.suppress(OSError):
+                        self._socket.shutdown(socket.SHUT_RDWR)
 
     def _gone(self, message: Message, error: OSError | None = None) -> TransportError:
         code = errno.ECONNRESET if error is None else error.errno or errno.ECONNRESET

@@ -225,9 +225,9 @@ class VhostUser:
     def close(self) -> None:
         """Stop the rings if that can still be done, and let go of everything; idempotent."""
         if os.getpid() == self._pid:
+            if not self._session.closed:
+                control.unwatch(self._session.fileno())  # its end is not the device's from now on
             if self._session.error is None:
-                # The socket is ours until here: nobody must take its end for the device's.
-                control.unwatch(self._session.fileno())
                 with contextlib.suppress(VirtioError):
                     self.stop()
             if self._back is not None:
@@ -246,7 +246,10 @@ class VhostUser:
     def _peer_gone(self, events: int) -> None:
         control.unwatch(self._session.fileno())
         self.life.end(
-            TransportError(errno.ECONNRESET, f"the back end at {self.path} closed the connection")
+            self._session.error
+            or TransportError(
+                errno.ECONNRESET, f"the back end at {self.path} closed the connection"
+            )
         )
 
     def _open_back_channel(self) -> None:
@@ -278,5 +281,5 @@ class VhostUser:
         log.debug("<< %s", message.describe(BackendRequest))
         close_all(message.fds)
         refused = message.request != BackendRequest.CONFIG_CHANGE_MSG
-        if expected_ack(message, self._session.features):
+        if expected_ack(message, self._session.features, BackendRequest):
             send_reply(self._back, message.reply(encode_u64(refused)))

@@ -77,9 +77,7 @@ class Range(Record):
 def decode_ranges(payload: bytes) -> list[Range]:
     """The segments of a DISCARD, WRITE_ZEROES or SECURE_ERASE (5.2.6.1)."""
     if len(payload) % Range.FORMAT.size:
-        raise ProtocolError(
-            f"ranges of {len(payload)} bytes, want a multiple of {Range.FORMAT.size}"
-        )
+        raise ProtocolError(f"ranges of {len(payload)} bytes, want a multiple of {Range.FORMAT.size}")
     return [Range(*fields) for fields in Range.FORMAT.iter_unpack(payload)]
 
 
@@ -143,9 +141,7 @@ def config_span(features: int) -> int:
 
 def _defined(features: int) -> list[tuple[int, struct.Struct, tuple[str, ...]]]:
     return [
-        (offset, layout, names)
-        for feature, offset, layout, names in _LAYOUT
-        if features & feature == feature
+        (offset, layout, names) for feature, offset, layout, names in _LAYOUT if features & feature == feature
     ]
 
 
@@ -184,9 +180,7 @@ class BlkConfig:
     def decode(cls, payload: bytes, features: int) -> BlkConfig:
         """What the accepted `features` define; a longer payload is right, a shorter one is not."""
         if len(payload) < config_span(features):
-            raise ProtocolError(
-                f"block configuration of {len(payload)} bytes, want {config_span(features)}"
-            )
+            raise ProtocolError(f"block configuration of {len(payload)} bytes, want {config_span(features)}")
         return cls(
             **dict(
                 field

@@ -446,8 +446,7 @@ class Designator:
 def encode_designators(designators: Iterable[Designator]) -> bytes:
     """Page 83."""
     body = b"".join(
-        bytes((d.code_set, d.association << 4 | d.type, 0, len(d.value))) + d.value
-        for d in designators
+        bytes((d.code_set, d.association << 4 | d.type, 0, len(d.value))) + d.value for d in designators
     )
     return encode_page(Page.DEVICE_IDENTIFICATION, body)
 

@@ -251,9 +251,7 @@ class ConfigSpace:
     @classmethod
     def decode(cls, payload: bytes) -> ConfigSpace:
         if len(payload) < _CONFIG.size:
-            raise ProtocolError(
-                f"configuration message of {len(payload)} bytes, want {_CONFIG.size} or more"
-            )
+            raise ProtocolError(f"configuration message of {len(payload)} bytes, want {_CONFIG.size} or more")
         offset, size, flags = _CONFIG.unpack_from(payload)
         if len(payload) - _CONFIG.size != size:
             raise ProtocolError(
@@ -362,9 +360,7 @@ def expected_reply(request: int, protocol_features: int) -> bool:
     return needed is not None and protocol_features & needed == needed
 
 
-def expected_ack(
-    message: Message, protocol_features: int, requests: type[enum.IntEnum] = Request
-) -> bool:
+def expected_ack(message: Message, protocol_features: int, requests: type[enum.IntEnum] = Request) -> bool:
     """Whether REPLY_ACK asks for an answer, 0 for success, to this request (VHU-18, VHU-19).
 
     Pass BackendRequest for the channel back, where the same numbers are other requests.
@@ -432,9 +428,7 @@ class Decoder:
             version = flags & _VERSION_MASK
             raise ProtocolError(f"message {request} of version {version}, want {VERSION}")
         if size > self._max_payload:
-            raise ProtocolError(
-                f"message {request} with {size} bytes, {self._max_payload} are allowed"
-            )
+            raise ProtocolError(f"message {request} with {size} bytes, {self._max_payload} are allowed")
         return _HEADER.size + int(size)
 
 

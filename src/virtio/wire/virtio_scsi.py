@@ -117,9 +117,7 @@ class ScsiConfig(Record):
 def encode_lun(target: int, lun: int) -> bytes:
     """The eight bytes that address a logical unit: 1, target, flat LUN, zeros (5.6.6.1)."""
     if not 0 <= target <= MAX_TARGET or not 0 <= lun <= MAX_LUN:
-        raise RequestError(
-            f"target {target} LUN {lun}, there are 0 to {MAX_TARGET} and 0 to {MAX_LUN}"
-        )
+        raise RequestError(f"target {target} LUN {lun}, there are 0 to {MAX_TARGET} and 0 to {MAX_LUN}")
     return bytes((1, target, 0x40 | lun >> 8, lun & 0xFF, 0, 0, 0, 0))
 
 
@@ -177,18 +175,14 @@ class Response:
     def encode(self, sense_size: int = SENSE_SIZE) -> bytes:
         """12 + `sense_size` bytes; the length written is that of the sense data which fits."""
         sense = self.sense[:sense_size]
-        head = _RESPONSE.pack(
-            len(sense), self.residual, self.status_qualifier, self.status, self.response
-        )
+        head = _RESPONSE.pack(len(sense), self.residual, self.status_qualifier, self.status, self.response)
         return head + sense.ljust(sense_size, b"\0")
 
     @classmethod
     def decode(cls, data: bytes, sense_size: int = SENSE_SIZE) -> Response:
         """A `sense_len` beyond `sense_size` or the data is cut to what is there."""
         if len(data) < _RESPONSE.size:
-            raise ProtocolError(
-                f"SCSI response of {len(data)} bytes, want {_RESPONSE.size} or more"
-            )
+            raise ProtocolError(f"SCSI response of {len(data)} bytes, want {_RESPONSE.size} or more")
         sense_len, residual, qualifier, status, response = _RESPONSE.unpack_from(data)
         sense = data[_RESPONSE.size :][: min(sense_len, sense_size)]
         return cls(len(sense), residual, qualifier, status, response, sense)

@@ -1,0 +1,526 @@
+"""The request queue against a device that is told byte by byte what to do."""
+
+import errno
+import struct
+import threading
+import time
+from array import array
+
+import pytest
+
+from tests.ring.peer import Peer
+from virtio.errors import RequestError
+from virtio.ring import requests
+from virtio.ring.doorbell import Doorbell
+from virtio.ring.region import Mapping, Pool, Region
+from virtio.ring.requests import (
+    FROM_DEVICE,
+    NBYTES,
+    OFFSET,
+    TAG,
+    TO_DEVICE,
+    Layout,
+    Patch,
+    RequestQueue,
+    Task,
+    Template,
+    first_bad_offset,
+    queue_bytes,
+)
+
+IOVA = 1 << 32
+BLK = Layout(16, 16, 1, 0, 1, response_first=False)
+SCSI = Layout(51, 0, 108, 4, 8, response_first=True)
+SECTOR = Patch(OFFSET, 8, 8, shift=9)
+NEXT, WRITE, INDIRECT = 1, 2, 4
+
+
+class Bench:
+    """A queue in a region, the device's half of its ring, and what a device would see there."""
+
+    def __init__(self, size=8, layout=BLK, *, indirect=True, event_idx=False, table=None, **more):
+        self.region = Region(1 << 20)
+        self.pool = Pool(self.region)
+        segments = more.get("segments", 1)
+        memory = self.pool.take(queue_bytes(size, layout, segments, indirect))
+        self.queue = RequestQueue(
+            memory,
+            self.region.view,
+            table or Mapping.contiguous(IOVA),
+            size,
+            layout,
+            indirect=indirect,
+            event_idx=event_idx,
+            **more,
+        )
+        self.kicks = 0
+        self.queue.connect(Doorbell(call=self.kick))
+        self.peer = Peer(memory.view(), size)
+        self.seen = 0
+        self.layout = layout
+
+    def kick(self):
+        self.kicks += 1
+
+    def at(self, iova, length):
+        return self.region.view[iova - IOVA : iova - IOVA + length]
+
+    def chain(self, head):
+        """The descriptors of a request: address, length, flags."""
+        address, length, flags, following = self.peer.descriptor(head)
+        if flags & INDIRECT:
+            table = self.at(address, length)
+            entries = [struct.unpack_from("<QIHH", table, at) for at in range(0, length, 16)]
+        else:
+            entries = [(address, length, flags, following)]
+            while flags & NEXT:
+                address, length, flags, following = self.peer.descriptor(following)
+                entries.append((address, length, flags, following))
+        assert [bool(e[2] & NEXT) for e in entries] == [True] * (len(entries) - 1) + [False]
+        return [(address, length, flags & ~NEXT) for address, length, flags, _ in entries]
+
+    def arrivals(self):
+        """Heads that were published since the last look."""
+        heads = []
+        while self.seen != self.peer.avail_idx:
+            heads.append(self.peer.head(self.seen))
+            self.seen = (self.seen + 1) & 0xFFFF
+        return heads
+
+    def answer(self, head, response, data=b""):
+        """Complete a request as a device would."""
+        chain = self.chain(head)
+        writable = [(a, n) for a, n, flags in chain if flags & WRITE]
+        status = writable[0] if self.layout.response_first else writable[-1]
+        self.at(status[0], status[1])[: len(response)] = response
+        for address, length in writable:
+            if (address, length) != status:
+                self.at(address, length)[: len(data)] = data[:length]
+                data = data[length:]
+        self.peer.use(head, 1)
+
+
+READ = Template(bytes([0] * 16), direction=FROM_DEVICE, patches=[SECTOR])
+WRITE_ = Template(bytes([1] + [0] * 15), direction=TO_DEVICE, patches=[SECTOR])
+
+
+@pytest.mark.parametrize("indirect", [True, False])
+def test_a_read_is_header_data_status_in_that_order(indirect):
+    """SPL-2."""
+    bench = Bench(indirect=indirect)
+    data = bench.pool.take(4096)
+    assert bench.queue.submit(READ, 1024, 4096, data.offset, 7)
+    assert bench.arrivals() == []
+    bench.queue.kick()
+    assert bench.kicks == 1
+    (head,) = bench.arrivals()
+    header, body, status = bench.chain(head)
+    # type IN, reserved, sector 2
+    assert bytes(bench.at(header[0], 16)) == b"\0\0\0\0" + b"\0\0\0\0" + b"\2\0\0\0\0\0\0\0"
+    assert header[1:] == (16, 0)
+    assert body == (IOVA + data.offset, 4096, WRITE)
+    assert status[1:] == (1, WRITE)
+    assert bytes(bench.at(status[0], 1)) == b"\xff"  # poisoned
+    bench.answer(head, b"\0", b"x" * 4096)
+    assert [tuple(f) for f in bench.queue.poll()] == [(7, 0, b"\0")]
+    assert bytes(data.view()) == b"x" * 4096
+    assert bench.queue.in_flight == 0
+
+
+def test_a_scsi_read_has_its_response_before_the_data_and_a_write_after():
+    """SPL-2; 5.6.6.1."""
+    bench = Bench(layout=SCSI)
+    data = bench.pool.take(512)
+    for direction, want in (
+        (FROM_DEVICE, [(51, 0), (108, WRITE), (512, WRITE)]),
+        (TO_DEVICE, [(51, 0), (512, 0), (108, WRITE)]),
+    ):
+        template = Template(bytes(51), direction=direction)
+        bench.queue.submit(template, 0, 512, data.offset, 0)
+        bench.queue.kick()
+        (head,) = bench.arrivals()
+        assert [entry[1:] for entry in bench.chain(head)] == want
+        bench.answer(head, bytes(12))
+        assert len(bench.queue.poll()) == 1
+
+
+def test_a_payload_is_a_descriptor_of_its_own_with_patches_in_it():
+    bench = Bench()
+    template = Template(
+        b"\x0b" + bytes(15),
+        payload=bytes(16),
+        patches=[Patch(OFFSET, 16, 8, shift=9), Patch(NBYTES, 24, 4, shift=9)],
+    )
+    bench.queue.submit(template, 8192, 1 << 20, 0, 0)
+    bench.queue.kick()
+    header, payload, status = bench.chain(bench.arrivals()[0])
+    assert (header[1], payload[1:], status[1:]) == (16, (16, 0), (1, WRITE))
+    # sector 16, 2048 sectors, flags 0
+    want = b"\x10\0\0\0\0\0\0\0" + b"\0\x08\0\0" + b"\0\0\0\0"
+    assert bytes(bench.at(payload[0], 16)) == want
+
+
+def test_patches_are_big_endian_where_they_say_so_and_tags_differ():
+    bench = Bench(layout=SCSI)
+    patches = [
+        Patch(TAG, 8, 8),
+        Patch(OFFSET, 21, 4, big_endian=True, shift=9),
+        Patch(NBYTES, 26, 2, big_endian=True, shift=9),
+    ]
+    template = Template(bytes(51), direction=FROM_DEVICE, patches=patches)
+    data = bench.pool.take(1024)
+    tags = set()
+    for _ in range(3):
+        bench.queue.submit(template, 0x12345678 << 9, 1024, data.offset, 0)
+        bench.queue.kick()
+        (head,) = bench.arrivals()
+        header = bytes(bench.at(bench.chain(head)[0][0], 51))
+        assert header[21:28] == b"\x12\x34\x56\x78" + b"\0" + b"\0\x02"
+        tags.add(header[8:16])
+    assert len(tags) == 3
+
+
+def test_a_patch_outside_the_header_is_refused():
+    with pytest.raises(ValueError, match="outside of 16 bytes"):
+        Template(bytes(16), patches=[Patch(OFFSET, 9, 8)])
+
+
+@pytest.mark.parametrize("indirect, slots", [(True, 8), (False, 2)])
+def test_a_full_queue_says_no_and_loses_nothing(indirect, slots):
+    bench = Bench(indirect=indirect)
+    assert bench.queue.slots == slots
+    data = bench.pool.take(512)
+    sent = [bench.queue.submit(READ, 0, 512, data.offset, i) for i in range(slots + 3)]
+    assert sent == [True] * slots + [False] * 3
+    bench.queue.kick()
+    for head in bench.arrivals():
+        bench.answer(head, b"\0")
+    assert sorted(f.token for f in bench.queue.poll()) == list(range(slots))
+    assert bench.queue.submit(READ, 0, 512, data.offset, 0)
+
+
+def test_a_queue_too_small_for_one_request_is_refused():
+    with pytest.raises(RequestError, match="a queue of 2 descriptors has no room for a request"):
+        queue_bytes(2, BLK, 1, False)
+    with pytest.raises(RequestError, match="no room for a request of 10"):
+        queue_bytes(8, BLK, 8, True)  # SPL-7: also inside an indirect table
+
+
+@pytest.mark.parametrize("indirect", [True, False])
+def test_data_is_cut_into_segments_and_too_many_are_refused(indirect):
+    bench = Bench(16, indirect=indirect, segments=4, segment_bytes=1024)
+    data = bench.pool.take(8192)
+    bench.queue.submit(READ, 0, 3584, data.offset, 0)
+    bench.queue.kick()
+    body = bench.chain(bench.arrivals()[0])[1:-1]
+    places = [IOVA + data.offset + at for at in (0, 1024, 2048, 3072)]
+    lengths = [1024, 1024, 1024, 512]
+    assert body == [(p, n, WRITE) for p, n in zip(places, lengths, strict=True)]
+    with pytest.raises(RequestError, match="do not fit in 4 segments of 1024"):
+        bench.queue.submit(READ, 0, 4608, data.offset, 0)
+    assert bench.queue.in_flight == 1
+    # The slot that refused is laid out anew for what fits.
+    assert bench.queue.submit(READ, 0, 512, data.offset, 1)
+
+
+def test_a_mapping_of_pages_gives_each_page_its_address():
+    pages = array("Q", [IOVA + page * 4096 for page in range(512)])
+    pages[300], pages[301] = 0xA000_0000, 0x5000_0000
+    bench = Bench(table=Mapping(12, pages), segments=3)
+    queue = bench.queue
+    queue.submit(READ, 0, 8192, 300 * 4096, 0)
+    queue.kick()
+    (head,) = bench.arrivals()
+    body = bench.chain(head)[1:-1]
+    assert body == [(0xA000_0000, 4096, WRITE), (0x5000_0000, 4096, WRITE)]
+
+
+@pytest.mark.parametrize("indirect", [True, False])
+def test_a_slot_used_again_points_at_the_new_data(indirect):
+    """The descriptors stay; address, sector and poison are written anew."""
+    bench = Bench(indirect=indirect)
+    buffers = [bench.pool.take(512) for _ in range(5)]
+    for i, data in enumerate(buffers):
+        bench.queue.submit(READ, 512 * i, 512, data.offset, i)
+        bench.queue.kick()
+        (head,) = bench.arrivals()
+        header, body, status = bench.chain(head)
+        assert body == (IOVA + data.offset, 512, WRITE)
+        assert bytes(bench.at(header[0], 16))[8:] == struct.pack("<Q", i)
+        assert bytes(bench.at(status[0], 1)) == b"\xff"
+        bench.answer(head, b"\0")
+        assert bench.queue.poll()[0].result == 0
+
+
+def test_a_status_that_was_not_written_is_no_success():
+    bench = Bench()
+    data = bench.pool.take(512)
+    for _ in range(2):
+        bench.queue.submit(READ, 0, 512, data.offset, 0)
+        bench.queue.kick()
+        (head,) = bench.arrivals()
+        bench.peer.use(head, 513)  # nothing written but the used element
+        assert bench.queue.poll()[0].result == 0xFF
+
+
+@pytest.mark.parametrize("length", [0, 1, 513, 0xFFFFFFFF])
+def test_the_used_length_decides_nothing(length):
+    """SPL-14: success is the status byte."""
+    bench = Bench()
+    data = bench.pool.take(512)
+    bench.queue.submit(READ, 0, 512, data.offset, 0)
+    bench.queue.kick()
+    (head,) = bench.arrivals()
+    status = bench.chain(head)[-1]
+    bench.at(status[0], 1)[0] = 0
+    bench.peer.use(head, length)
+    assert bench.queue.poll()[0].result == 0
+
+
+def serve(bench, disk, stop, order=None):
+    """A device in a thread: reads and writes a bytearray until told to stop."""
+    while not stop.is_set():
+        heads = bench.arrivals()
+        if not heads:
+            time.sleep(0)
+            continue
+        for head in order(heads) if order else heads:
+            entries = bench.chain(head)
+            header = bytes(bench.at(entries[0][0], 16))
+            kind, sector = struct.unpack("<IxxxxQ", header)
+            at = sector * 512
+            for address, length, _ in entries[1:-1]:
+                if at + length > len(disk):
+                    pass  # an error, told in the status
+                elif kind == 0:
+                    bench.at(address, length)[:] = disk[at : at + length]
+                elif kind == 1:
+                    disk[at : at + length] = bench.at(address, length)
+                at += length
+            bench.at(entries[-1][0], 1)[0] = 1 if at > len(disk) else 0
+            bench.peer.use(head, 1)
+
+
+@pytest.fixture
+def served():
+    """Start a serving thread; it ends with the test."""
+    stop, threads = threading.Event(), []
+
+    def start(bench, disk, **how):
+        thread = threading.Thread(target=serve, args=(bench, disk, stop), kwargs=how)
+        thread.start()
+        threads.append(thread)
+
+    yield start
+    stop.set()
+    for thread in threads:
+        thread.join()
+
+
+def finish(queue, task, seconds=20):
+    faults = []
+    end = time.monotonic() + seconds
+    while (reason := queue.run(task, 1_000_000, 100_000)) != requests.DONE:
+        assert time.monotonic() < end, f"still {reason}"
+        if reason == requests.FAULT:
+            for finished in queue.faults():
+                task.fail(finished.token, errno.EIO)
+                faults.append(finished)
+        else:
+            assert reason in (requests.TICK, requests.IDLE)
+            time.sleep(0)
+    return faults
+
+
+@pytest.mark.parametrize("indirect", [True, False])
+@pytest.mark.parametrize("mode", ["in place", "bounced"])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_task_moves_every_item_to_its_place(served, indirect, mode, shuffle):
+    bench = Bench(16, indirect=indirect)
+    disk = bytearray(bytes(range(256)) * 1024)
+    served(bench, disk, order=reversed if shuffle else None)
+    offsets = array("Q", [(i * 37 % 200) * 1024 for i in range(100)])
+    data = bench.pool.take(100 * 1024)
+    user = bytearray(100 * 1024)
+    if mode == "in place":
+        task = Task(READ, memoryview(offsets), 1024, 512, base=data.offset)
+    else:
+        bounce = dict(mode=requests.BOUNCED, base=data.offset, user=memoryview(user), cells=3)
+        task = Task(READ, memoryview(offsets), 1024, 512, **bounce)
+    assert finish(bench.queue, task) == []
+    got = bytes(data.view()) if mode == "in place" else bytes(user)
+    assert got == b"".join(bytes(disk[o : o + 1024]) for o in offsets)
+    assert list(task.status) == [0] * 100
+    assert bench.queue.in_flight == 0
+
+    into = bytes(reversed(got))
+    data.view()[:] = into
+    user[:] = into
+    where = array("Q", [i * 1024 for i in range(100)])
+    if mode == "in place":
+        task = Task(WRITE_, memoryview(where), 1024, 1024, base=data.offset)
+    else:
+        data.view()[:] = bytes(len(data))
+        bounce = dict(mode=requests.BOUNCED, base=data.offset, user=memoryview(user), cells=5)
+        task = Task(WRITE_, memoryview(where), 1024, 1024, **bounce)
+    assert finish(bench.queue, task) == []
+    assert bytes(disk[: 100 * 1024]) == into
+
+
+def test_the_last_part_of_an_item_may_be_shorter(served):
+    bench = Bench(16)
+    disk = bytearray(bytes(range(256)) * 64)
+    served(bench, disk)
+    data = bench.pool.take(5120)
+    task = Task(READ, memoryview(array("Q", [512])), 5120, 2048, base=data.offset)
+    assert task.total == 3
+    finish(bench.queue, task)
+    assert bytes(data.view()) == bytes(disk[512 : 512 + 5120])
+
+
+def test_a_failed_part_fails_its_item_with_the_first_error_by_position(served):
+    bench = Bench(16)
+    disk = bytearray(4096)
+    served(bench, disk, order=reversed)
+    offsets = array("Q", [0, 3584, 1024])
+    data = bench.pool.take(3 * 1536)
+    task = Task(READ, memoryview(offsets), 1536, 512, base=data.offset)
+    faults = finish(bench.queue, task)
+    assert sorted(f.token for f in faults) == [4, 5]  # the parts of item 1 that are past the end
+    assert list(task.status) == [0, -errno.EIO, 0]
+    assert task.offset(4) == 4096
+
+
+def test_no_more_than_depth_parts_are_in_flight():
+    bench = Bench(16)
+    data = bench.pool.take(512 * 10)
+    task = Task(READ, memoryview(array("Q", range(0, 5120, 512))), 512, 512, base=data.offset, depth=4)
+    assert bench.queue.run(task, 1000, 0) == requests.IDLE
+    assert task.active == 4 and len(bench.arrivals()) == 4
+
+
+def test_constant_data_is_read_again_and_again(served):
+    bench = Bench(16)
+    disk = bytearray(b"\xee" * 8192)
+    served(bench, disk)
+    zeros = bench.pool.take(512)
+    zeros.view()[:] = bytes(512)
+    task = Task(
+        WRITE_,
+        memoryview(array("Q", [512])),
+        4096,
+        512,
+        mode=requests.CONSTANT,
+        base=zeros.offset,
+    )
+    finish(bench.queue, task)
+    assert bytes(disk) == b"\xee" * 512 + bytes(4096) + b"\xee" * 3584
+
+
+def test_abandoned_requests_keep_their_slots_until_the_device_returns_them():
+    """CLN-2."""
+    bench = Bench(4)
+    data = bench.pool.take(512)
+    task = Task(READ, memoryview(array("Q", [0, 512])), 512, 512, mode=requests.CONSTANT, base=data.offset)
+    assert bench.queue.run(task, 1000, 0) == requests.IDLE
+    bench.queue.abandon()
+    assert bench.queue.orphans == 2 and bench.queue.in_flight == 2
+    heads = bench.arrivals()
+    before = [bench.chain(head) for head in heads]
+    other = Task(READ, memoryview(array("Q", range(0, 2048, 512))), 512, 512, mode=requests.CONSTANT, base=data.offset)
+    assert bench.queue.run(other, 1000, 0) == requests.IDLE
+    assert other.active == 2  # the other two slots are not to be had
+    assert [bench.chain(head) for head in heads] == before  # CLN-1
+    for head in heads:
+        bench.answer(head, b"\0")
+    assert bench.queue.run(other, 1000, 0) == requests.IDLE
+    assert bench.queue.orphans == 0 and other.active == 4 and other.finished == 0
+
+
+def test_requests_one_by_one_survive_a_task_in_between(served):
+    bench = Bench(16)
+    data = bench.pool.take(4096)
+    for token in (1, 2, 3):
+        bench.queue.submit(READ, 0, 512, data.offset, token)
+    bench.queue.kick()
+    served(bench, bytearray(4096))
+    task = Task(READ, memoryview(array("Q", [0] * 50)), 512, 512, mode=requests.CONSTANT, base=data.offset)
+    finish(bench.queue, task)
+    got = bench.queue.poll(2)
+    got += bench.queue.poll(2)
+    assert [f.token for f in got] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("bad", [8, 3, 0xFFFFFFFF])
+def test_a_device_that_breaks_the_ring_stops_the_task(bad):
+    bench = Bench(8)
+    data = bench.pool.take(512)
+    task = Task(READ, memoryview(array("Q", [0])), 512, 512, base=data.offset)
+    assert bench.queue.run(task, 1000, 0) == requests.IDLE
+    bench.peer.use(bad)
+    assert bench.queue.run(task, 1000, 0) == requests.BROKEN
+    assert bench.queue.broken and list(task.status) == [-errno.EINPROGRESS]
+
+
+def test_stop_brings_a_spinning_task_back_from_any_thread():
+    bench = Bench(8)
+    data = bench.pool.take(512)
+    task = Task(READ, memoryview(array("Q", [0])), 512, 512, base=data.offset)
+    reasons = []
+    thread = threading.Thread(
+        target=lambda: reasons.append(bench.queue.run(task, 1 << 62, 1 << 62)), daemon=True
+    )
+    thread.start()
+    while not bench.peer.avail_idx:
+        time.sleep(0)
+    bench.queue.stop()
+    thread.join(5)
+    assert reasons == [requests.LOST] and bench.queue.stopped
+
+
+def test_a_spin_ends_at_its_slice():
+    bench = Bench(8)
+    data = bench.pool.take(512)
+    task = Task(READ, memoryview(array("Q", [0])), 512, 512, base=data.offset)
+    assert bench.queue.run(task, 1_000_000, 1 << 62) == requests.TICK
+
+
+def test_after_detach_nothing_can_be_submitted_by_a_run():
+    bench = Bench(8)
+    data = bench.pool.take(512)
+    task = Task(READ, memoryview(array("Q", [0])), 512, 512, base=data.offset)
+    bench.queue.detach()
+    assert bench.queue.run(task, 1000, 0) == requests.LOST
+    assert task.started == 0
+
+
+def test_many_more_requests_than_the_16_bit_index_holds(served):
+    bench = Bench(64, event_idx=True)
+    disk = bytearray(512)
+    served(bench, disk)
+    data = bench.pool.take(512)
+    task = Task(READ, memoryview(array("Q", bytes(8 * 70_000))), 512, 512, mode=requests.CONSTANT, base=data.offset)
+    finish(bench.queue, task, seconds=100)
+    assert task.finished == 70_000 and not any(task.status)
+
+
+@pytest.mark.parametrize(
+    "offsets, want",
+    [
+        ([], -1),
+        ([0, 512, 3584], -1),
+        ([0, 100], 1),  # off the grid
+        ([0, 512, 4096], 2),  # the item ends past the disk
+        ([1 << 63], 0),
+        ([(1 << 64) - 512], 0),  # no wrap-around
+    ],
+)
+def test_offsets_are_checked_before_anything_is_sent(offsets, want):
+    assert first_bad_offset(memoryview(array("Q", offsets)), 512, 512, 4096) == want
+
+
+def test_a_task_refuses_memory_that_is_too_small():
+    with pytest.raises(RequestError, match="100 bytes for 1 items of 512"):
+        Task(READ, memoryview(array("Q", [0])), 512, 512, user=memoryview(bytearray(100)))
+    with pytest.raises(RequestError, match="64-bit"):
+        Task(READ, memoryview(array("I", [0])), 512, 512)
