@@ -1,0 +1,1 @@
+"""Each clause of the specification, proven against the recording device model in tests/model."""
