@@ -49,6 +49,10 @@ _ZERO_MAX = 1 << 31  # bytes in one UNMAP range or WRITE SAME
 _RANGES_MAX = 256  # in one UNMAP
 _CHUNK = 1 << 20  # of a WRITE SAME
 
+_NAMES = ("VIRTIO", "bdev target", "1")
+_DISK = Inquiry(0x00, 0, False, 6, *_NAMES).encode()
+_NOTHING = Inquiry(0x1F, 3, False, 6, *_NAMES).encode()  # no unit, nor could there be
+
 _ILLEGAL = SenseKey.ILLEGAL_REQUEST
 _BAD_OPCODE = Sense(_ILLEGAL, 0x20, 0x00)  # INVALID COMMAND OPERATION CODE
 _BAD_LBA = Sense(_ILLEGAL, 0x21, 0x00)  # LOGICAL BLOCK ADDRESS OUT OF RANGE
@@ -173,7 +177,7 @@ class LogicalUnit:
         if not vital:
             if number:
                 raise _Check(_BAD_FIELD)
-            transfer.give(_inquiry_data(Inquiry()), allocation)
+            transfer.give(_DISK, allocation)
             return
         pages = self._pages()
         if number not in pages:
@@ -250,9 +254,9 @@ class LogicalUnit:
         if nbytes > _TRANSFER_MAX:
             raise _Check(_BAD_FIELD)
         data = transfer.source(nbytes)
-        self._change(offset, lambda: self._store.write(offset, data))
+        self._change(offset, self._store.write, offset, data)
         if cdb[0] != OpCode.WRITE_6 and cdb[1] & _FUA:
-            self._change(offset, self._store.flush)
+            self._flush(offset)
 
     def _verify(self, cdb: bytes, transfer: Transfer) -> None:
         if cdb[1] & _BYTCHK:
@@ -261,7 +265,7 @@ class LogicalUnit:
 
     def _synchronize_cache(self, cdb: bytes, transfer: Transfer) -> None:
         offset, _ = self._extent(cdb)
-        self._change(offset, self._store.flush, writes=False)
+        self._flush(offset)
 
     def _unmap(self, cdb: bytes, transfer: Transfer) -> None:
         length = int.from_bytes(cdb[7:9], "big")
@@ -296,19 +300,25 @@ class LogicalUnit:
         data = memoryview(block * (min(nbytes, _CHUNK) // len(block)))
         for at in range(offset, offset + nbytes, len(data)):
             part = data[: offset + nbytes - at]
-            self._change(offset, lambda at=at, part=part: self._store.write(at, [part]))
+            self._change(offset, self._store.write, at, [part])
 
     def _zero(self, offset: int, nbytes: int, *, unmap: bool) -> None:
         self._change(offset, lambda: self._store.zero(offset, nbytes, unmap=unmap))
 
-    def _change(self, offset: int, change: Callable[[], None], *, writes: bool = True) -> None:
-        if writes and self._store.read_only:
+    def _change(self, offset: int, change: Callable[..., None], *details: object) -> None:
+        if self._store.read_only:
             raise _Check(_PROTECTED)
         try:
-            change()
+            change(*details)
         except OSError as error:
             full = error.errno == errno.ENOSPC
             raise _Check(_NO_SPACE if full else self._medium(0x0C, offset)) from None  # WRITE ERROR
+
+    def _flush(self, offset: int) -> None:
+        try:
+            self._store.flush()
+        except OSError:
+            raise _Check(self._medium(0x0C, offset)) from None
 
     def _medium(self, asc: int, offset: int) -> Sense:
         return Sense(SenseKey.MEDIUM_ERROR, asc, 0, offset // self._store.block_size)
@@ -363,17 +373,11 @@ class Target:
 def _absent(cdb: bytes, transfer: Transfer) -> None:
     """A logical unit that there is not (SPC-4, 6.6.2 and 6.39)."""
     if cdb[0] == OpCode.INQUIRY and not cdb[1] & 1:
-        nothing = Inquiry(peripheral_type=0x1F, qualifier=3)
-        transfer.give(_inquiry_data(nothing), int.from_bytes(cdb[3:5], "big"))
+        transfer.give(_NOTHING, int.from_bytes(cdb[3:5], "big"))
     elif cdb[0] == OpCode.REQUEST_SENSE:
         transfer.give(_NO_UNIT.encode_fixed(), cdb[4])
     else:
         raise _Check(_NO_UNIT)
-
-
-def _inquiry_data(kind: Inquiry) -> bytes:
-    names = {"vendor": "VIRTIO", "product": "bdev target", "revision": "1"}
-    return Inquiry(kind.peripheral_type, kind.qualifier, **names).encode()
 
 
 def _blocks(cdb: bytes) -> tuple[int, int]:
