@@ -1,9 +1,9 @@
 """Block devices over virtio, with no VM and no kernel driver in the way.
 
-    with virtio_bdev.attach("user:/run/vhost.0", dev_type="blk") as controller:
-        for bdev in controller.values():
-            with bdev.open() as channel:
-                print(bdev.name, channel.read(0, 512))
+with virtio_bdev.attach("user:/run/vhost.0", dev_type="blk") as controller:
+    for bdev in controller.values():
+        with bdev.open() as channel:
+            print(bdev.name, channel.read(0, 512))
 """
 
 from virtio.errors import (

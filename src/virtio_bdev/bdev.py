@@ -74,8 +74,7 @@ class Bdev:
             )
         if offset % self.block_size or nbytes % self.block_size:
             raise RequestError(
-                f"{nbytes} bytes at {offset} are not on the {self.block_size}-byte grid of "
-                f"{self.name}"
+                f"{nbytes} bytes at {offset} are not on the {self.block_size}-byte grid of {self.name}"
             )
 
     def describe(self) -> dict[str, Any]:

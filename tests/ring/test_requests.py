@@ -427,7 +427,9 @@ def test_abandoned_requests_keep_their_slots_until_the_device_returns_them():
     assert bench.queue.orphans == 2 and bench.queue.in_flight == 2
     heads = bench.arrivals()
     before = [bench.chain(head) for head in heads]
-    other = Task(READ, memoryview(array("Q", range(0, 2048, 512))), 512, 512, mode=requests.CONSTANT, base=data.offset)
+    other = Task(
+        READ, memoryview(array("Q", range(0, 2048, 512))), 512, 512, mode=requests.CONSTANT, base=data.offset
+    )
     assert bench.queue.run(other, 1000, 0) == requests.IDLE
     assert other.active == 2  # the other two slots are not to be had
     assert [bench.chain(head) for head in heads] == before  # CLN-1
@@ -499,7 +501,9 @@ def test_many_more_requests_than_the_16_bit_index_holds(served):
     disk = bytearray(512)
     served(bench, disk)
     data = bench.pool.take(512)
-    task = Task(READ, memoryview(array("Q", bytes(8 * 70_000))), 512, 512, mode=requests.CONSTANT, base=data.offset)
+    task = Task(
+        READ, memoryview(array("Q", bytes(8 * 70_000))), 512, 512, mode=requests.CONSTANT, base=data.offset
+    )
     finish(bench.queue, task, seconds=100)
     assert task.finished == 70_000 and not any(task.status)
 

@@ -104,8 +104,7 @@ class Device(ABC):
         least = wanted if at_least is None else min(at_least, wanted)
         if available < max(1, least):
             raise NoQueueError(
-                f"{self.transport.address} has {max(0, available)} request queues, {least} are "
-                "wanted"
+                f"{self.transport.address} has {max(0, available)} request queues, {least} are wanted"
             )
         return min(wanted, available)
 
@@ -126,9 +125,7 @@ class Device(ABC):
         for index in range(self.FIXED_QUEUES, self.FIXED_QUEUES + count):
             assert self._region is not None
             available, used, _ = split.areas(self.queue_size)
-            memory = self.pool.take(
-                queue_bytes(self.queue_size, self.LAYOUT, self.segments, self.indirect)
-            )
+            memory = self.pool.take(queue_bytes(self.queue_size, self.LAYOUT, self.segments, self.indirect))
             queue = RequestQueue(
                 memory,
                 self._region.view,
@@ -141,9 +138,7 @@ class Device(ABC):
                 event_idx=event_idx,
             )
             self._queues.append(queue)
-            port = self.transport.setup_queue(
-                index, self._addresses(memory.offset, available, used), 0
-            )
+            port = self.transport.setup_queue(index, self._addresses(memory.offset, available, used), 0)
             queue.connect(port.doorbell)
             self.leases.append(Lease(queue, self.life, port.completion_fd))
 
@@ -200,7 +195,5 @@ def bring_up(
         return device(connect(), queues=queues, at_least=at_least)
     except QueueSetupError as refused:
         with contextlib.suppress(TransportError, ProtocolError, RequestTimeout):
-            return device(
-                connect(), queues=queues, at_least=at_least, queue_size=SMALL_QUEUE_SIZE
-            )
+            return device(connect(), queues=queues, at_least=at_least, queue_size=SMALL_QUEUE_SIZE)
         raise refused

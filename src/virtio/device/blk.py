@@ -130,9 +130,7 @@ class BlkDevice(Device):
         )
 
     def _read_id(self, lease: Lease, deadline: int | None) -> str:
-        template = Template(
-            RequestHeader(RequestType.GET_ID, 0, 0).encode(), direction=FROM_DEVICE
-        )
+        template = Template(RequestHeader(RequestType.GET_ID, 0, 0).encode(), direction=FROM_DEVICE)
         with lease, self.pool.take(ID_SIZE) as buffer, lease.holding(buffer):
             buffer.view()[:] = bytes(ID_SIZE)
             lease.queue.submit(template, 0, ID_SIZE, buffer.offset, 0)

@@ -108,8 +108,7 @@ def probe_unit(lun: int) -> Conversation[Unit | None]:
         inquiry,
         capacity,
         wide,
-        write_protected=_decoded(mode, scsi.ModeParameters.decode_6, scsi.ModeParameters())
-        .write_protected,
+        write_protected=_decoded(mode, scsi.ModeParameters.decode_6, scsi.ModeParameters()).write_protected,
         serial=_decoded(serial, scsi.decode_serial, ""),
     )
 

@@ -98,8 +98,7 @@ class ScsiDevice(Device):
         if (config.sense_size, config.cdb_size) != (SENSE_SIZE, CDB_SIZE):
             raise ProtocolError(
                 f"{transport.address} has sense_size {config.sense_size} and cdb_size "
-                f"{config.cdb_size} after a reset, want {SENSE_SIZE} and {CDB_SIZE}"
-                + self._guess()
+                f"{config.cdb_size} after a reset, want {SENSE_SIZE} and {CDB_SIZE}" + self._guess()
             )
         self.num_queues = config.num_queues
         self._limit_segments(1, MAX_TRANSFER)
@@ -116,9 +115,7 @@ class ScsiDevice(Device):
     def discover(self, deadline: int | None) -> list[Disk]:
         """Ask every target for its units, many at once; `units` has all that answered."""
         targets = range(self.config.max_target + 1)
-        found = self._converse(
-            {target: probe_target(self.config.max_lun) for target in targets}, deadline
-        )
+        found = self._converse({target: probe_target(self.config.max_lun) for target in targets}, deadline)
         disks = []
         for target in targets:
             for unit in found[target]:
@@ -162,14 +159,10 @@ class ScsiDevice(Device):
         return results
 
     def _send(self, target: int, command: Command, buffer: Buffer, place: int) -> None:
-        template = _template(
-            target, command.lun, command.cdb, FROM_DEVICE if command.nbytes else NO_DATA
-        )
+        template = _template(target, command.lun, command.cdb, FROM_DEVICE if command.nbytes else NO_DATA)
         start = place * REPLY_BYTES
         buffer.view()[start : start + command.nbytes] = bytes(command.nbytes)
-        sent = self.leases[0].queue.submit(
-            template, 0, command.nbytes, buffer.offset + start, place
-        )
+        sent = self.leases[0].queue.submit(template, 0, command.nbytes, buffer.offset + start, place)
         assert sent, "as many places as slots"
 
     def _disk(self, target: int, unit: Unit) -> Disk | None:

@@ -119,7 +119,7 @@ def address(mem: Mem) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(mem))
 
 
-class Py_buffer:  # noqa: N801
+class Py_buffer:
     """The C structure's name, for annotations."""
 
 

@@ -129,9 +129,7 @@ class Lease:
     def __enter__(self) -> Lease:
         self.life.check()
         if not self._lock.acquire(blocking=False):
-            raise ChannelInUse(
-                "another thread is inside a call on this queue: open a channel in each thread"
-            )
+            raise ChannelInUse("another thread is inside a call on this queue: open a channel in each thread")
         try:
             self.life.check()
         except BaseException:
@@ -270,8 +268,7 @@ class Lease:
     def _check_deadline(self, deadline: int | None, waiting: int) -> None:
         if deadline is not None and time.monotonic_ns() >= deadline:
             raise RequestTimeout(
-                f"the device has not answered {waiting} requests in time; they may still take "
-                "effect"
+                f"the device has not answered {waiting} requests in time; they may still take effect"
             )
 
     def _raise_broken(self) -> None:

@@ -259,9 +259,7 @@ def _shape(size: int, layout: Layout, segments: int, indirect: bool) -> tuple[in
     stride = _up(table + (2 + segments) * 16, 64) if indirect else table
     slots = size if indirect else size // (2 + segments)
     if slots == 0 or 2 + segments > size:
-        raise RequestError(
-            f"a queue of {size} descriptors has no room for a request of {2 + segments}"
-        )
+        raise RequestError(f"a queue of {size} descriptors has no room for a request of {2 + segments}")
     return stride, response, table, slots
 
 
@@ -489,9 +487,7 @@ class RequestQueue:
             count += 1
         return count
 
-    def _start(
-        self, template: Template, offset: int, nbytes: int, data: int, token: int, state: int
-    ) -> int:
+    def _start(self, template: Template, offset: int, nbytes: int, data: int, token: int, state: int) -> int:
         """Fill a free slot and offer its head; the slot, -1 if none is free, -2 if too long."""
         if self._free_count == 0:
             return _FULL
@@ -539,13 +535,9 @@ class RequestQueue:
         self.ring.offer(slot if self.indirect else slot * self._chain)
         return slot
 
-    def _lay_out(
-        self, slot: int, base: int, template: Template, data: int, nbytes: int
-    ) -> int:
+    def _lay_out(self, slot: int, base: int, template: Template, data: int, nbytes: int) -> int:
         """Write a slot's header and descriptors; -1 if the data has too many segments."""
-        copy(
-            self._region, base, template._mem, 0, template.request_bytes + template.payload_bytes
-        )
+        copy(self._region, base, template._mem, 0, template.request_bytes + template.payload_bytes)
         count = 0
         if template.direction != _NO_DATA:
             place = data

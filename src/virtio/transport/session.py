@@ -132,8 +132,7 @@ class Session:
         if refusal:
             raise TransportError(
                 errno.EIO,
-                f"the back end at {self.path} refused {message.describe()}: it answered "
-                f"{refusal:#x}",
+                f"the back end at {self.path} refused {message.describe()}: it answered {refusal:#x}",
             )
 
     def ask(self, request: Request, decode: Callable[[bytes], T], payload: bytes = b"") -> T:
@@ -165,9 +164,7 @@ class Session:
 
     def _gone(self, message: Message, error: OSError | None = None) -> TransportError:
         code = errno.ECONNRESET if error is None else error.errno or errno.ECONNRESET
-        return TransportError(
-            code, f"the back end at {self.path} closed the connection at {message.name}"
-        )
+        return TransportError(code, f"the back end at {self.path} closed the connection at {message.name}")
 
     def _send(self, message: Message, deadline: float) -> None:
         if log.isEnabledFor(logging.DEBUG):
@@ -197,8 +194,7 @@ class Session:
                 if reply.fds:
                     close_all(reply.fds)
                     raise ProtocolError(
-                        f"{self.path} answered {message.name} with {len(reply.fds)} descriptors, "
-                        "want none"
+                        f"{self.path} answered {message.name} with {len(reply.fds)} descriptors, want none"
                     )
                 if reply.request != message.request or not reply.flags & REPLY:
                     raise ProtocolError(

@@ -187,9 +187,7 @@ class VhostUser:
         session.tell(Request.SET_VRING_BASE, VringState(index, base).encode())
         session.tell(
             Request.SET_VRING_ADDR,
-            VringAddress(
-                index, 0, addresses.descriptor, addresses.used, addresses.available
-            ).encode(),
+            VringAddress(index, 0, addresses.descriptor, addresses.used, addresses.available).encode(),
         )
         kick = call = -1
         try:
@@ -247,9 +245,7 @@ class VhostUser:
         control.unwatch(self._session.fileno())
         self.life.end(
             self._session.error
-            or TransportError(
-                errno.ECONNRESET, f"the back end at {self.path} closed the connection"
-            )
+            or TransportError(errno.ECONNRESET, f"the back end at {self.path} closed the connection")
         )
 
     def _open_back_channel(self) -> None:

@@ -22,9 +22,7 @@ class Size(click.ParamType):
 
     name = "size"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
         text = str(value).lower()
@@ -58,9 +56,7 @@ def controller_options(command: Callable[..., None]) -> Callable[..., None]:
         help="Seconds to wait for any answer.",
     )
     @functools.wraps(command)
-    def wrapper(
-        address: str, dev_type: Any, queues: int | None, timeout: float, **rest: Any
-    ) -> None:
+    def wrapper(address: str, dev_type: Any, queues: int | None, timeout: float, **rest: Any) -> None:
         with attach(address, dev_type=dev_type, queues=queues, timeout=timeout) as controller:
             command(controller=controller, timeout=timeout, **rest)
 

@@ -15,9 +15,7 @@ from virtio_bdev.cli.options import CHUNK, SIZE, choose, controller_options, pro
 @click.option("--bdev", "name", help="The disk, where there are several.")
 @click.option("--offset", type=SIZE, default=0, help="Byte to begin at.")
 @click.option("--length", type=SIZE, help="Bytes to read; to the end unless given.")
-@click.option(
-    "-o", "--output", type=click.File("wb"), default="-", help="File to write; - is stdout."
-)
+@click.option("-o", "--output", type=click.File("wb"), default="-", help="File to write; - is stdout.")
 def command(
     controller: Controller,
     timeout: float,

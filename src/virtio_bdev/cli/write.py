@@ -17,9 +17,7 @@ from virtio_bdev.cli.options import CHUNK, SIZE, choose, controller_options, pro
 @click.option("--bdev", "name", help="The disk, where there are several.")
 @click.option("--offset", type=SIZE, default=0, help="Byte to begin at.")
 @click.option("-i", "--input", "source", type=click.File("rb"), default="-", help="File to read.")
-def command(
-    controller: Controller, timeout: float, name: str | None, offset: int, source: BinaryIO
-) -> None:
+def command(controller: Controller, timeout: float, name: str | None, offset: int, source: BinaryIO) -> None:
     """Copy a file to a disk behind ADDRESS, and flush it."""
     bdev = choose(controller, name)
     total = _size(source)
