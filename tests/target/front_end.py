@@ -74,9 +74,9 @@ class Driver:
         self.memory[self.avail + 2 : self.avail + 4].cast("H")[0] = self.index
         with _barrier:
             if self.event_idx:
-                (event,) = struct.unpack_from("<H", self.memory, self.used + 4 + 8 * self.size)
+                event = int(struct.unpack_from("<H", self.memory, self.used + 4 + 8 * self.size)[0])
                 return (self.index - event - 1) & 0xFFFF < (self.index - old) & 0xFFFF
-            return not self.memory[self.used] & 1
+            return self.memory[self.used] & 1 == 0
 
     def used_index(self) -> int:
         return int(self.memory[self.used + 2 : self.used + 4].cast("H")[0])

@@ -1,0 +1,751 @@
+"""Does each clause's test notice when the clause is broken?
+
+A mutant is a change of one line of the sources, which breaks one clause. For each row of `MUTANTS`
+the change is made in a copy of the checkout, and its test must fail there, interpreted. Prints
+clause, test, mutant and whether it was killed; exits with 1 if one survives, or if a snippet is not
+found exactly once. `--write-docs` writes docs/conformance.md from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import concurrent.futures
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs/conformance.md"
+CONFORMANCE = "tests/conformance"
+AT_ONCE = 2
+PATIENCE = 90  # seconds for one test
+
+BASE = "src/virtio/transport/base.py"
+FRONT = "src/virtio/transport/vhost_user.py"
+SESSION = "src/virtio/transport/session.py"
+WIRE = "src/virtio/wire/vhost_user.py"
+WIRE_BLK = "src/virtio/wire/blk.py"
+SPLIT = "src/virtio/ring/split.py"
+REQUESTS = "src/virtio/ring/requests.py"
+LEASE = "src/virtio/ring/lease.py"
+DEVICE = "src/virtio/device/base.py"
+BLK = "src/virtio/device/blk.py"
+CHANNEL = "src/virtio_bdev/channel.py"
+
+INIT, RING, USER, CLEAN, BLOCK = (
+    f"{CONFORMANCE}/test_{name}.py" for name in ("init", "split_ring", "vhost_user", "cleanup", "blk")
+)
+
+
+class Mutant(NamedTuple):
+    """Replace `snippet`, which occurs once in `path`; `test` must fail then."""
+
+    clause: str
+    test: str
+    path: str
+    snippet: str
+    replacement: str
+
+
+class Clause(NamedTuple):
+    """A clause of the specification, and why it has no mutant, where it has none."""
+
+    id: str
+    level: str
+    text: str
+    why_none: str = ""
+
+
+_NEVER = "never negotiated"
+_PCI = "not seen over vhost-user"
+_REVIEW = "no test can see it: review of the compiled code; stress in "
+_DISK = "proven by its test; a clause of the device, not of the ring"
+
+CLAUSES = [
+    Clause("INI-1", "M", "the eight steps of the initialization, in order"),
+    Clause("INI-2", "M", "no write to the configuration space during negotiation"),
+    Clause("INI-3", "M", "no new feature after FEATURES_OK"),
+    Clause("INI-4", "M", "stop when FEATURES_OK does not stay"),
+    Clause("INI-5", "M", "no notification before DRIVER_OK"),
+    Clause("STA-1", "M", "status bits are added, and cleared by a reset only"),
+    Clause("STA-2", "M", "after FAILED, reset before a new start"),
+    Clause("STA-3", "S", "recover from DEVICE_NEEDS_RESET by a reset", "no way to learn of it yet"),
+    Clause("FEA-1", "M", "accept no bit that was not offered"),
+    Clause("FEA-2", "M", "accept no bit without those it needs", "no bit accepted here needs another"),
+    Clause("FEA-3", "M", "ignore unknown, reserved and other devices' bits"),
+    Clause("FEA-4", "M", "a needed feature is missing: FAILED, and stop"),
+    Clause("FEA-5", "M", "an unknown bit is no reason to fail"),
+    Clause("RFB-1", "M", "accept VERSION_1"),
+    Clause("RFB-2", "M", "ACCESS_PLATFORM: an IOMMU is set up, or it is not accepted"),
+    Clause("RFB-3", "S", "accept ORDER_PLATFORM and the like"),
+    Clause("RFB-4", "M", "ORDER_PLATFORM: barriers of the hardware", _REVIEW + "SPL-19's test"),
+    Clause("RFB-5", "M", "SR_IOV is not negotiated without its capability"),
+    Clause("RST-1", "S", "a reset is over when the status reads 0", "the reset is acknowledged instead"),
+    Clause("CFG-1", "M", "no atomicity across 32 bits or several fields"),
+    Clause("CFG-2", "M", "no optional field without its feature"),
+    Clause(
+        "CFG-3", "M", "a longer configuration space is accepted", "its length is not seen over vhost-user"
+    ),
+    Clause("VQR-1", "M", "a queue reset is verified", f"RING_RESET is {_NEVER}"),
+    Clause("VQR-2", "M", "a queue is enabled again as at first", f"RING_RESET is {_NEVER}"),
+    Clause("CLN-1", "M", "buffers that the device has are not altered"),
+    Clause("CLN-2", "M", "buffers are taken back from a stopped queue only"),
+    Clause("SUS-1", "S", "SUSPEND only if negotiated", f"SUSPEND is {_NEVER}"),
+    Clause("SUS-2", "M", "after SUSPEND: no buffers, no kicks", f"SUSPEND is {_NEVER}"),
+    Clause("SPL-1", "M", "alignment of the three areas"),
+    Clause("SPL-2", "M", "writable descriptors after readable ones"),
+    Clause("SPL-3", "S", "no excessive number of descriptors", "S"),
+    Clause("SPL-4", "M", "no loop, and at most 2^32 bytes in a chain"),
+    Clause("SPL-5", "M", "IN_ORDER: descriptors in sequence"),
+    Clause("SPL-6", "M", "INDIRECT only if negotiated, and not nested"),
+    Clause("SPL-7", "M", "no chain longer than the queue"),
+    Clause("SPL-8", "M", "not INDIRECT and NEXT together"),
+    Clause("SPL-9", "M", "IN_ORDER: indirect tables in sequence"),
+    Clause("SPL-10", "M", "the available index never goes back"),
+    Clause("SPL-11", "M", "without EVENT_IDX avail.flags is 0 or 1"),
+    Clause("SPL-12", "M", "with EVENT_IDX avail.flags is 0"),
+    Clause("SPL-13", "M", "spurious notifications are survived"),
+    Clause("SPL-14", "M", "nothing is believed that the device did not write"),
+    Clause("SPL-15", "M", "used.flags is 0 at first"),
+    Clause("SPL-16", "M", "without EVENT_IDX: notify unless flags say no"),
+    Clause("SPL-17", "M", "with EVENT_IDX: notify when the index passes avail_event"),
+    Clause("SPL-18", "M", "a barrier before the index", _REVIEW + "test_a_sleeper_is_always_woken"),
+    Clause(
+        "SPL-19",
+        "M",
+        "a full barrier before flags or avail_event",
+        _REVIEW + "test_a_sleeper_is_always_woken",
+    ),
+    Clause("VHU-1", "M", "the header of every message"),
+    Clause("VHU-2", "M", "descriptors with the messages that name them, and no others"),
+    Clause("VHU-3", "M", "a wrong reply ends the connection"),
+    Clause("VHU-4", "M", "replies are awaited"),
+    Clause("VHU-5", "M", "every extension by its protocol feature"),
+    Clause("VHU-6", "M", "SET_OWNER once, at the start; RESET_OWNER never"),
+    Clause("VHU-7", "M", "protocol features only if bit 30 was offered"),
+    Clause("VHU-8", "M", "bit 30 is accepted, and every ring enabled"),
+    Clause("VHU-9", "M", "rings are stopped before their memory goes"),
+    Clause("VHU-10", "M", "GET_VRING_BASE with num 0; bases given back"),
+    Clause("VHU-11", "M", "GET_QUEUE_NUM only with MQ; no more queues than there are"),
+    Clause("VHU-12", "M", "SET_MEM_TABLE: regions and descriptors match"),
+    Clause("VHU-13", "M", "rings by user address, buffers by guest address"),
+    Clause("VHU-14", "M", "memory slots: only with their feature, and no more than there are"),
+    Clause("VHU-15", "M", "KICK, CALL and ERR: index, and bit 8 without a descriptor"),
+    Clause("VHU-16", "M", "GET_CONFIG: a size, flags 0, a reply of that size"),
+    Clause("VHU-17", "M", "the channel back: only with BACKEND_REQ, and then served"),
+    Clause("VHU-18", "M", "answers on the channel back: when asked for, else none"),
+    Clause("VHU-19", "M", "REPLY_ACK: only if negotiated; non-zero is a failure"),
+    Clause("VHU-20", "M", "in-flight memory"),
+    Clause("VHU-21", "M", "in-band notifications"),
+    Clause("VHU-22", "M", "RESET_DEVICE only with its feature"),
+    Clause("VHU-23", "M", "status only with STATUS"),
+    Clause("VHU-24", "M", "memory is removed when all rings have stopped"),
+    Clause("VHU-25", "M", "nothing of migration is negotiated"),
+    Clause("VHU-26", "M", "nothing of device state is negotiated"),
+    Clause("VHU-27", "M", "either side may listen", "we connect; the target listens"),
+    Clause("BLK-1", "S", "no request that was not negotiated"),
+    Clause("BLK-2", "S", "FLUSH without CONFIG_WCE: a write-back cache", _DISK),
+    Clause("BLK-3", "M", "`writeback` is not read before FEATURES_OK"),
+    Clause("BLK-4", "M", "ZONED only by those who know zones", f"ZONED is {_NEVER}: see FEA-3"),
+    Clause("BLK-6", "M", "nothing beyond the capacity"),
+    Clause("BLK-7", "S", "RO is accepted, and then nothing is written"),
+    Clause("BLK-8", "M", "a flush is of sector 0"),
+    Clause("BLK-9", "M", "data is a multiple of 512 bytes"),
+    Clause("BLK-10", "M", "discard and write zeroes: whole segments"),
+    Clause("BLK-11", "M", "GET_ID has 20 bytes"),
+    Clause("BLK-12", "M", "no more segments than the device takes", "one segment a request"),
+    Clause("BLK-14", "M", "`unmap` is 0 in a discard"),
+    Clause("BLK-15", "M", "an error says nothing of the other segments", "one segment a request"),
+    Clause("BLK-17", "-", "size_max, seg_max, limits of discard and write zeroes"),
+]
+
+MUTANTS = [
+    # Initialization
+    Mutant(
+        "INI-1",
+        f"{INIT}::test_the_eight_steps_are_done_in_order",
+        BASE,
+        "    transport.reset()\n",
+        "    pass\n",
+    ),
+    Mutant(
+        "INI-1",
+        f"{INIT}::test_the_eight_steps_are_done_in_order",
+        BASE,
+        "    status |= Status.FEATURES_OK\n",
+        "    status |= Status.FEATURES_OK | Status.DRIVER_OK\n",
+    ),
+    Mutant(
+        "INI-2",
+        f"{INIT}::test_the_configuration_space_is_never_written_while_features_are_negotiated",
+        FRONT,
+        "        self._features = features | self._offered & PROTOCOL_FEATURES\n",
+        "        self._features = features | self._offered & PROTOCOL_FEATURES\n"
+        "        self._session.tell(Request.SET_CONFIG, ConfigSpace(0, 1).encode())\n",
+    ),
+    Mutant(
+        "INI-3",
+        f"{INIT}::test_features_are_accepted_once",
+        FRONT,
+        "        self.set_status(self._status | Status.DRIVER_OK)\n",
+        "        self.accept(self._features)\n        self.set_status(self._status | Status.DRIVER_OK)\n",
+    ),
+    Mutant(
+        "INI-4",
+        f"{INIT}::test_a_device_that_takes_features_ok_back_is_given_up_as_failed",
+        BASE,
+        "    if not transport.status() & Status.FEATURES_OK:\n",
+        "    if not transport.status():\n",
+    ),
+    Mutant(
+        "INI-5",
+        f"{INIT}::test_no_ring_is_kicked_before_driver_ok",
+        FRONT,
+        "        return QueuePort(Doorbell(kick), call)\n",
+        "        os.eventfd_write(kick, 1)\n        return QueuePort(Doorbell(kick), call)\n",
+    ),
+    Mutant(
+        "STA-1",
+        f"{INIT}::test_each_status_written_has_all_bits_of_the_one_before",
+        BASE,
+        "    status |= Status.DRIVER\n",
+        "    status = Status.DRIVER\n",
+    ),
+    Mutant(
+        "STA-2",
+        f"{INIT}::test_after_a_failure_the_device_is_reset_before_it_is_initialized_again",
+        BASE,
+        "    transport.reset()\n",
+        "    pass\n",
+    ),
+    Mutant(
+        "FEA-1",
+        f"{INIT}::test_no_feature_is_accepted_that_was_not_offered",
+        BASE,
+        "    accepted = offered & (wanted | own)\n",
+        "    accepted = wanted | own\n",
+    ),
+    Mutant(
+        "FEA-3",
+        f"{INIT}::test_of_all_bits_only_those_that_make_sense_here_are_accepted",
+        BASE,
+        "    accepted = offered & (wanted | own)\n",
+        "    accepted = offered\n",
+    ),
+    Mutant(
+        "FEA-4",
+        f"{INIT}::test_a_device_without_version_1_is_given_up_as_failed",
+        BASE,
+        "    if missing:\n",
+        "    if False:\n",
+    ),
+    Mutant(
+        "FEA-5",
+        f"{INIT}::test_an_unknown_bit_is_no_reason_to_fail",
+        BASE,
+        "    if missing:\n",
+        "    if missing or offered >> 43:\n",
+    ),
+    Mutant(
+        "RFB-1",
+        f"{INIT}::test_of_all_bits_only_those_that_make_sense_here_are_accepted",
+        FRONT,
+        "    required = int(Feature.VERSION_1)\n",
+        "    required = 0\n",
+    ),
+    *(
+        Mutant(
+            clause,
+            f"{INIT}::test_of_all_bits_only_those_that_make_sense_here_are_accepted",
+            BASE,
+            "    accepted = offered & (wanted | own)\n",
+            f"    accepted = offered & (wanted | own | 1 << {bit})\n",
+        )
+        for clause, bit in [("RFB-2", 33), ("RFB-5", 37), ("SPL-5", 35), ("SPL-9", 35)]
+    ),
+    Mutant(
+        "CFG-1",
+        f"{INIT}::test_the_configuration_is_read_in_one_message",
+        BLK,
+        "BlkConfig.decode(self.transport.read_config(config_span(own)), own)",
+        "BlkConfig.decode(self.transport.read_config(8) + self.transport.read_config(config_span(own))[8:], own)",
+    ),
+    Mutant(
+        "CFG-2",
+        f"{INIT}::test_fields_of_features_that_are_not_offered_are_not_believed",
+        BLK,
+        "BlkConfig.decode(self.transport.read_config(config_span(own)), own)",
+        "BlkConfig.decode(self.transport.read_config(60), 0x7FFF)",
+    ),
+    # Cleaning up
+    Mutant(
+        "CLN-1",
+        f"{CLEAN}::test_descriptors_of_a_request_that_timed_out_stay_as_they_are",
+        REQUESTS,
+        "                store_u32(self._records, _RECORD * slot + _STATE, _ORPHAN)\n",
+        "                self._release(slot)\n",
+    ),
+    Mutant(
+        "CLN-2",
+        f"{CLEAN}::test_rings_are_stopped_before_the_connection_ends",
+        FRONT,
+        "                    self.stop()\n",
+        "                    pass\n",
+    ),
+    # The split ring
+    Mutant(
+        "SPL-1",
+        f"{RING}::test_the_three_areas_are_aligned_and_apart",
+        SPLIT,
+        "    used = _up(available + _RING + 2 * size + 2, align)\n",
+        "    used = _up(available + _RING + 2 * size + 2, align) + 2\n",
+    ),
+    Mutant(
+        "SPL-2",
+        f"{RING}::test_every_chain_is_well_formed",
+        REQUESTS,
+        "        if self._response_first and template.direction != _TO_DEVICE:\n",
+        "        if template.direction == _TO_DEVICE:\n",
+    ),
+    Mutant(
+        "SPL-4",
+        f"{RING}::test_every_chain_is_well_formed",
+        REQUESTS,
+        "        if index + 1 < total:\n",
+        "        if index < total:\n",
+    ),
+    Mutant(
+        "SPL-6",
+        f"{RING}::test_every_chain_is_well_formed",
+        DEVICE,
+        "        return bool(self.features & Feature.INDIRECT_DESC)\n",
+        "        return True\n",
+    ),
+    Mutant(
+        "SPL-7",
+        f"{RING}::test_no_chain_is_longer_than_the_queue",
+        DEVICE,
+        "        self.segments = max(1, min(segments, useful, self.queue_size - 2))\n",
+        "        self.segments = max(1, min(segments, useful))\n",
+    ),
+    Mutant(
+        "SPL-8",
+        f"{RING}::test_every_chain_is_well_formed",
+        REQUESTS,
+        "16 * total, _INDIRECT, 0)",
+        "16 * total, _INDIRECT | _NEXT, 0)",
+    ),
+    Mutant(
+        "SPL-10",
+        f"{RING}::test_the_available_index_wraps_and_never_goes_back",
+        SPLIT,
+        "        self._avail_idx = (self._avail_idx + 1) & 0xFFFF\n",
+        "        self._avail_idx = (self._avail_idx + 1) & 0x7FFF\n",
+    ),
+    Mutant(
+        "SPL-11",
+        f"{RING}::test_avail_flags_are_0_or_1_without_event_idx_and_0_with_it",
+        SPLIT,
+        "            store_u16(self._mem, self._avail, _NO_INTERRUPT)\n",
+        "            store_u16(self._mem, self._avail, 3)\n",
+    ),
+    Mutant(
+        "SPL-12",
+        f"{RING}::test_avail_flags_are_0_or_1_without_event_idx_and_0_with_it",
+        SPLIT,
+        "self._used_idx - 1 & 0xFFFF)\n",
+        "self._used_idx - 1 & 0xFFFF)\n            store_u16(self._mem, self._avail, _NO_INTERRUPT)\n",
+    ),
+    Mutant(
+        "SPL-13",
+        f"{RING}::test_calls_without_a_used_buffer_are_survived",
+        SPLIT,
+        "        if pending == 0:\n",
+        "        if pending < 0:\n",
+    ),
+    Mutant(
+        "SPL-14",
+        f"{RING}::test_a_request_that_comes_back_without_a_status_did_not_succeed",
+        REQUESTS,
+        "            store_u8(self._region, base + self._result_at, 0xFF)\n",
+        "            pass\n",
+    ),
+    Mutant(
+        "SPL-14",
+        f"{RING}::test_a_used_id_that_the_device_does_not_have_breaks_it",
+        SPLIT,
+        "        if head >= self.size or not load_u8(self._given, head):\n",
+        "        if head >= self.size:\n",
+    ),
+    Mutant(
+        "SPL-14",
+        f"{RING}::test_a_used_index_that_runs_ahead_breaks_the_device",
+        SPLIT,
+        "        if pending > self.outstanding:\n            return _BROKEN\n",
+        "        if pending < 0:\n            return _BROKEN\n",
+    ),
+    Mutant(
+        "SPL-15",
+        f"{RING}::test_a_new_ring_is_all_zeros_whatever_the_memory_held",
+        SPLIT,
+        "        fill(self._mem, 0, 0, end)",
+        "        fill(self._mem, 0, 0, self._used)",
+    ),
+    Mutant(
+        "SPL-16",
+        f"{RING}::test_a_sleeper_is_always_woken",
+        SPLIT,
+        "        return not load_u16(self._mem, self._used) & _NO_NOTIFY\n",
+        "        return False\n",
+    ),
+    Mutant(
+        "SPL-16",
+        f"{RING}::test_a_device_that_wants_no_kicks_gets_none",
+        SPLIT,
+        "        return not load_u16(self._mem, self._used) & _NO_NOTIFY\n",
+        "        return True\n",
+    ),
+    Mutant(
+        "SPL-17",
+        f"{RING}::test_whether_to_kick_agrees_with_counters_that_never_wrap",
+        SPLIT,
+        "            return passed < ((self._avail_idx - old) & 0xFFFF)\n",
+        "            return self._avail_idx >= event + 1\n",
+    ),
+    Mutant(
+        "SPL-17",
+        f"{RING}::test_the_driver_kicks_exactly_when_avail_event_is_passed",
+        SPLIT,
+        "            passed = (self._avail_idx - event - 1) & 0xFFFF\n",
+        "            passed = (self._avail_idx - event) & 0xFFFF\n",
+    ),
+    # vhost-user
+    Mutant(
+        "VHU-1",
+        f"{USER}::test_every_header_is_well_formed",
+        SESSION,
+        "VERSION | (NEED_REPLY if acked else 0)",
+        "VERSION | REPLY | (NEED_REPLY if acked else 0)",
+    ),
+    Mutant(
+        "VHU-2",
+        f"{USER}::test_descriptors_come_with_the_messages_that_name_them",
+        FRONT,
+        "VringFd(index).encode(), [call])\n",
+        "VringFd(index).encode(), [call, kick])\n",
+    ),
+    Mutant(
+        "VHU-3",
+        f"{USER}::test_a_wrong_reply_ends_the_connection",
+        SESSION,
+        "                if reply.request != message.request or not reply.flags & REPLY:\n",
+        "                if False:\n",
+    ),
+    Mutant(
+        "VHU-4",
+        f"{USER}::test_each_reply_is_awaited_before_the_next_message",
+        SESSION,
+        "        refusal = self._exchange(message, decode_u64 if acked else None)\n",
+        "        refusal = self._exchange(message, None)\n",
+    ),
+    Mutant(
+        "VHU-5",
+        f"{USER}::test_each_extension_is_used_if_offered_and_done_without_if_not",
+        FRONT,
+        "            taken = offered & _EXTENSIONS\n",
+        "            taken = _EXTENSIONS\n",
+    ),
+    Mutant(
+        "VHU-6",
+        f"{USER}::test_set_owner_comes_first_and_once",
+        FRONT,
+        "        session.tell(Request.SET_OWNER)\n",
+        "        session.tell(Request.SET_OWNER)\n        session.tell(Request.SET_OWNER)\n",
+    ),
+    Mutant(
+        "VHU-7",
+        f"{USER}::test_a_bare_back_end_works",
+        FRONT,
+        "        if self._offered & PROTOCOL_FEATURES:\n",
+        "        if True:\n",
+    ),
+    Mutant(
+        "VHU-8",
+        f"{USER}::test_bit_30_is_accepted_and_then_every_ring_is_enabled",
+        FRONT,
+        "        self._features = features | self._offered & PROTOCOL_FEATURES\n",
+        "        self._features = features\n",
+    ),
+    Mutant(
+        "VHU-8",
+        f"{USER}::test_bit_30_is_accepted_and_then_every_ring_is_enabled",
+        FRONT,
+        "                self._session.tell(Request.SET_VRING_ENABLE, payload)\n",
+        "                index or self._session.tell(Request.SET_VRING_ENABLE, payload)\n",
+    ),
+    Mutant(
+        "VHU-9",
+        f"{USER}::test_rings_are_stopped_with_num_0_after_all_requests_are_back",
+        FRONT,
+        "            payload = VringState(index, 0).encode()\n",
+        "            payload = VringState(0, 0).encode()\n",
+    ),
+    Mutant(
+        "VHU-10",
+        f"{USER}::test_rings_are_stopped_with_num_0_after_all_requests_are_back",
+        FRONT,
+        "            payload = VringState(index, 0).encode()\n",
+        "            payload = VringState(index, 1).encode()\n",
+    ),
+    Mutant(
+        "VHU-11",
+        f"{USER}::test_without_mq_a_device_still_works",
+        FRONT,
+        "        if session.features & ProtocolFeature.MQ:\n",
+        "        if True:\n",
+    ),
+    Mutant(
+        "VHU-12",
+        f"{USER}::test_a_memory_table_has_as_many_descriptors_as_regions",
+        FRONT,
+        "            session.tell(Request.SET_MEM_TABLE, payload, self._region_fds)\n",
+        "            session.tell(Request.SET_MEM_TABLE, payload, self._region_fds * 2)\n",
+    ),
+    Mutant(
+        "VHU-13",
+        f"{USER}::test_rings_are_named_by_user_addresses_and_buffers_by_guest_addresses",
+        FRONT,
+        "        return Mapping.contiguous(shared.guest_address)\n",
+        "        return Mapping.contiguous(shared.user_address)\n",
+    ),
+    Mutant(
+        "VHU-14",
+        f"{USER}::test_a_back_end_without_a_memory_slot_is_refused",
+        FRONT,
+        "        if len(self._regions) >= self._slots:\n",
+        "        if False:\n",
+    ),
+    Mutant(
+        "VHU-15",
+        f"{USER}::test_kick_and_call_carry_the_index_and_one_descriptor",
+        WIRE,
+        "        return encode_u64(self.index | NOFD * self.nofd)\n",
+        "        return encode_u64(self.index | NOFD * 2)\n",
+    ),
+    Mutant(
+        "VHU-16",
+        f"{USER}::test_get_config_asks_for_something_and_sends_as_many_bytes",
+        FRONT,
+        "ConfigSpace(0, nbytes).encode()",
+        "ConfigSpace(0, nbytes, 1).encode()",
+    ),
+    Mutant(
+        "VHU-16",
+        f"{USER}::test_get_config_asks_for_something_and_sends_as_many_bytes",
+        FRONT,
+        "ConfigSpace(0, nbytes).encode()",
+        "ConfigSpace(0, nbytes).encode()[:12]",
+    ),
+    Mutant(
+        "VHU-17",
+        f"{USER}::test_each_extension_is_used_if_offered_and_done_without_if_not",
+        FRONT,
+        "        if session.features & ProtocolFeature.BACKEND_REQ:\n",
+        "        if True:\n",
+    ),
+    Mutant(
+        "VHU-18",
+        f"{USER}::test_requests_of_the_back_end_are_answered_if_it_wants_that",
+        FRONT,
+        "        refused = message.request != BackendRequest.CONFIG_CHANGE_MSG\n",
+        "        refused = False\n",
+    ),
+    Mutant(
+        "VHU-18",
+        f"{USER}::test_requests_of_the_back_end_are_answered_if_it_wants_that",
+        WIRE,
+        "    return bool(acks and message.flags & NEED_REPLY and not own)\n",
+        "    return bool(acks and not own)\n",
+    ),
+    Mutant(
+        "VHU-19",
+        f"{USER}::test_an_acknowledgement_other_than_0_is_a_failure",
+        SESSION,
+        "        if refusal:\n",
+        "        if False:\n",
+    ),
+    *(
+        Mutant(
+            clause,
+            f"{USER}::test_nothing_of_migration_or_of_other_machines_is_taken",
+            FRONT,
+            "            taken = offered & _EXTENSIONS\n",
+            f"            taken = offered & (_EXTENSIONS | 1 << {bit})\n",
+        )
+        for clause, bit in [
+            ("VHU-20", 12),
+            ("VHU-21", 14),
+            ("VHU-22", 13),
+            ("VHU-25", 8),
+            ("VHU-26", 19),
+        ]
+    ),
+    Mutant(
+        "VHU-23",
+        f"{INIT}::test_without_status_rings_are_kicked_after_all_are_enabled",
+        FRONT,
+        "        self._status = status\n        if self._session.features & ProtocolFeature.STATUS:\n",
+        "        self._status = status\n        if True:\n",
+    ),
+    Mutant(
+        "VHU-24",
+        f"{USER}::test_the_memory_stays_until_the_last_ring_has_stopped",
+        FRONT,
+        "            payload = VringState(index, 0).encode()\n",
+        "            payload = VringState(index, 0).encode()\n"
+        "            index or self._session.tell(\n"
+        "                Request.REM_MEM_REG, SingleMemoryRegion(self._regions[0]).encode()\n"
+        "            )\n",
+    ),
+]
+
+
+class Outcome(NamedTuple):
+    mutant: Mutant
+    killed: bool
+    seconds_or_error: str
+
+
+def mutate(mutant: Mutant, folder: Path) -> str:
+    """Copy what a test needs to `folder`, with the change made; what is wrong with the row, or ""."""
+    text = (ROOT / mutant.path).read_text()
+    count = text.count(mutant.snippet)
+    if count != 1:
+        return f"the snippet occurs {count} times in {mutant.path}"
+    changed = text.replace(mutant.snippet, mutant.replacement)
+    try:
+        compile(changed, mutant.path, "exec")
+    except SyntaxError as error:
+        return f"no Python: {error}"
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.c", "peers")
+    for name in ("src", "tests", "tools"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    (folder / mutant.path).write_text(changed)
+    return ""
+
+
+def run(mutant: Mutant) -> Outcome:
+    """Whether the mutant's test fails on it."""
+    with tempfile.TemporaryDirectory(prefix="mutant-") as name:
+        folder = Path(name)
+        wrong = mutate(mutant, folder)
+        if wrong:
+            return Outcome(mutant, False, wrong)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=line"]
+        command += [f"--timeout={PATIENCE - 20}", mutant.test]
+        environment = os.environ | {
+            "PYTHONPATH": str(folder / "src"),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "VIRTIO_INTERPRETED": "1",
+        }
+        try:
+            done = subprocess.run(
+                command,
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return Outcome(mutant, True, "it hung")
+    if done.returncode == 1:
+        return Outcome(mutant, True, "")
+    if done.returncode == 0:
+        return Outcome(mutant, False, "it survived")
+    return Outcome(mutant, False, f"pytest {done.returncode}: {done.stdout[-300:]}{done.stderr[-300:]}")
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def describe(mutant: Mutant) -> str:
+    """A mutant as `before -> after`."""
+    return f"{one_line(mutant.snippet)} -> {one_line(mutant.replacement)}"
+
+
+def tests_by_clause() -> dict[str, list[str]]:
+    """The tests whose docstrings name a clause."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for path in sorted((ROOT / CONFORMANCE).glob("test_*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                for clause in dict.fromkeys(re.findall(r"[A-Z]{3}-\d+", ast.get_docstring(node) or "")):
+                    found[clause].append(f"{path.stem}::{node.name}")
+    return found
+
+
+def write_docs(outcomes: list[Outcome]) -> None:
+    """docs/conformance.md."""
+    tests = tests_by_clause()
+    lines = [
+        "# Conformance",
+        "",
+        "Generated by `make mutants ARGS=--write-docs`. What a driver and a vhost-user front end must do",
+        "(M) or should do (S), in our own words, after the virtio specification 1.4 and QEMU's",
+        "docs/interop/vhost-user.rst; the tests that prove it against a recording device model",
+        "(`tests/model`, which imports nothing of the driver); and whether those tests notice when the clause",
+        "is broken by a change of one line (`tests/mutants.py`).",
+        "",
+        "| clause | level | what | tests | mutants killed |",
+        "|---|---|---|---|---|",
+    ]
+    for clause in CLAUSES:
+        mine = [outcome for outcome in outcomes if outcome.mutant.clause == clause.id]
+        killed = f"{sum(o.killed for o in mine)} of {len(mine)}" if mine else clause.why_none or "none"
+        names = "<br>".join(f"`{name.replace('::test_', ': ')}`" for name in tests[clause.id]) or "none"
+        lines.append(f"| {clause.id} | {clause.level} | {clause.text} | {names} | {killed} |")
+    DOCS.write_text("\n".join(lines) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("clauses", nargs="*", help="only these, such as SPL-17")
+    parser.add_argument("--write-docs", action="store_true", help=f"write {DOCS.relative_to(ROOT)}")
+    options = parser.parse_args()
+    mutants = [m for m in MUTANTS if not options.clauses or m.clause in options.clauses]
+    outcomes: list[Outcome] = []
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+        for outcome in pool.map(run, mutants):
+            outcomes.append(outcome)
+            mutant = outcome.mutant
+            verdict = "killed" if outcome.killed else "SURVIVED"
+            print(f"{mutant.clause:7} {verdict:9} {mutant.test.split('::')[1]}")
+            print(f"{'':17} {mutant.path}: {describe(mutant)}")
+            if outcome.seconds_or_error:
+                print(f"{'':17} {outcome.seconds_or_error}", flush=True)
+    survivors = [outcome for outcome in outcomes if not outcome.killed]
+    print(f"{len(outcomes) - len(survivors)} of {len(outcomes)} mutants killed")
+    covered = {mutant.clause for mutant in MUTANTS}
+    bare = [c.id for c in CLAUSES if c.level == "M" and c.id not in covered and not c.why_none]
+    if bare:
+        print(f"without a mutant, and without a reason: {', '.join(bare)}")
+    if options.write_docs and not options.clauses:
+        write_docs(outcomes)
+        print(f"wrote {DOCS.relative_to(ROOT)}")
+    return 1 if survivors or bare else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
