@@ -68,11 +68,14 @@ class Build(build):
         super().run()
 
 
-sources = {name: Path("src", *name.split(".")).with_suffix(".py") for name in MODULES}
 extensions = [
-    Extension(name, [str(source)], extra_compile_args=compile_args, extra_link_args=link_args)
-    for name, source in sources.items()
-    if source.exists()
+    Extension(
+        name,
+        ["src/" + name.replace(".", "/") + ".py"],
+        extra_compile_args=compile_args,
+        extra_link_args=link_args,
+    )
+    for name in MODULES
 ]
 jobs = os.cpu_count() or 1
 setup(

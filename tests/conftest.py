@@ -37,7 +37,7 @@ def pytest_configure() -> None:
         if INTERPRETED and origin != str(ROOT / "src" / name.replace(".", "/")) + ".py":
             pytest.exit(f"VIRTIO_INTERPRETED=1, but {name} is {origin}: set PYTHONPATH=src", 4)
         if not INTERPRETED and not origin.endswith(".so"):
-            pytest.exit(f"{name} is {origin}, not a compiled module: run `make build`", 4)
+            pytest.exit(f"{name} is {origin}, not compiled: run `make build` (setup.py has the list)", 4)
 
 
 def pytest_report_header() -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-SRC = Path(__file__).parent.parent / "src"
+TESTS = Path(__file__).parent
+SRC = TESTS.parent / "src"
 
 # A module of `virtio` imports from its own layer and those above it; a target knows nothing of transports.
 LAYERS = ["errors", "wire", "ring", "control", "transport", "device", "target"]
@@ -78,6 +79,14 @@ def test_virtio_needs_the_standard_library_and_nothing_else(path):
 def test_asyncio_is_imported_by_the_asyncio_front_alone(path):
     if name_of(path) != "virtio_bdev.aio":
         assert "asyncio" not in {name.split(".")[0] for name in imported(path, AtRunTime())}
+
+
+MODEL = sorted((TESTS / "model").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODEL, ids=lambda path: path.name)
+def test_the_recording_model_knows_nothing_of_what_it_judges(path):
+    assert re.findall(r"^\s*(?:from|import)\s+(virtio\w*)", path.read_text(), re.MULTILINE) == []
 
 
 def test_no_source_has_a_directive_which_would_beat_the_builds():

@@ -74,6 +74,7 @@ class Channel:
     """
 
     def __init__(self, bdev: Bdev, *, wait: Wait, timeout: float | None) -> None:
+        self.closed = True  # until there is a lease
         if wait not in _SPIN_NS:
             raise RequestError(f"wait={wait!r}, want one of {', '.join(_SPIN_NS)}")
         self.bdev = bdev
@@ -82,7 +83,6 @@ class Channel:
         self._controller = bdev.controller
         self._disk = bdev.disk
         self._scratch: Buffer | None = None
-        self.closed = True  # until there is a lease
         self._lease = self._controller.take_lease()
         self.closed = False
 
@@ -172,6 +172,7 @@ class Channel:
             self.closed = True
             if self._scratch is not None:
                 self._scratch.close()
+                self._scratch = None
             self._controller.return_lease(self._lease)
 
     # How they are done.

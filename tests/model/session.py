@@ -287,8 +287,9 @@ class Session:
         if not (self.protocol or 0) & P.STATUS or self.status & Status.DRIVER_OK:
             return
         waiting = [ring.kick for ring in self.rings.values() if ring.kick >= 0 and not ring.started]
-        ready = select.select([self.connection, *waiting], [], [], 0)[0]
-        if ready and self.connection not in ready:
+        more = self.connection.fileno()
+        ready = select.select([more, *waiting], [], [], 0)[0]
+        if ready and more not in ready:
             self.violate("INI-5", f"a ring was kicked at {request.name}, before DRIVER_OK")
 
     def _send(self, reply: Reply) -> None:

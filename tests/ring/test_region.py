@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from tests.conftest import INTERPRETED
+from tests.leaks import open_fds
 from virtio.errors import ClosedError, TransportError
 from virtio.ring.region import HUGE_PAGE, Mapping, Pool, Region
 
@@ -31,10 +32,6 @@ def region():
 @pytest.fixture
 def pool(region):
     return Pool(region)
-
-
-def fds():
-    return set(os.listdir("/proc/self/fd"))
 
 
 def test_a_region_is_whole_huge_pages_and_zero(region):
@@ -59,32 +56,32 @@ def test_the_descriptor_and_the_view_are_the_same_bytes(region):
 
 
 def test_a_closed_region_has_no_descriptor_and_no_mapping_left():
-    before = fds()
+    before = open_fds()
     region = Region(1 << 20)
     region.close()
     region.close()
     gc.collect()
-    assert fds() == before
+    assert open_fds() == before
     assert "virtio-bdev" not in Path("/proc/self/maps").read_text()
 
 
 def test_no_descriptors_left_is_said_and_nothing_leaks():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    before = fds()
+    before = open_fds()
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
     try:
         with pytest.raises(TransportError, match="cannot map 2 MiB of shared memory: Too many open"):
             Region(1 << 20)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert fds() == before
+    assert open_fds() == before
 
 
 def test_no_address_space_left_is_said_and_nothing_leaks():
-    before = fds()
+    before = open_fds()
     with pytest.raises(TransportError, match="cannot map .* MiB of shared memory"):
         Region(1 << 60)
-    assert fds() == before
+    assert open_fds() == before
 
 
 def test_buffers_do_not_overlap_and_come_back(pool):

@@ -104,6 +104,11 @@ READ = Template(bytes([0] * 16), direction=FROM_DEVICE, patches=[SECTOR])
 WRITE_ = Template(bytes([1] + [0] * 15), direction=TO_DEVICE, patches=[SECTOR])
 
 
+def constant(offsets, data):
+    """A task that reads a sector at each offset, all into the same buffer."""
+    return Task(READ, memoryview(offsets), 512, 512, mode=requests.CONSTANT, base=data.offset)
+
+
 @pytest.mark.parametrize("indirect", [True, False])
 def test_a_read_is_header_data_status_in_that_order(indirect):
     """SPL-2."""
@@ -421,7 +426,7 @@ def test_abandoned_requests_keep_their_slots_until_the_device_returns_them():
     """CLN-2."""
     bench = Bench(4)
     data = bench.pool.take(512)
-    task = Task(READ, memoryview(array("Q", [0, 512])), 512, 512, mode=requests.CONSTANT, base=data.offset)
+    task = constant(array("Q", [0, 512]), data)
     assert bench.queue.run(task, 1000, 0) == requests.IDLE
     bench.queue.abandon()
     assert bench.queue.orphans == 2 and bench.queue.in_flight == 2
@@ -446,7 +451,7 @@ def test_requests_one_by_one_survive_a_task_in_between(served):
         bench.queue.submit(READ, 0, 512, data.offset, token)
     bench.queue.kick()
     served(bench, bytearray(4096))
-    task = Task(READ, memoryview(array("Q", [0] * 50)), 512, 512, mode=requests.CONSTANT, base=data.offset)
+    task = constant(array("Q", [0] * 50), data)
     finish(bench.queue, task)
     got = bench.queue.poll(2)
     got += bench.queue.poll(2)
@@ -487,13 +492,18 @@ def test_a_spin_ends_at_its_slice():
     assert bench.queue.run(task, 1_000_000, 1 << 62) == requests.TICK
 
 
-def test_after_detach_nothing_can_be_submitted_by_a_run():
+def test_after_detach_nothing_is_sent_and_no_memory_is_touched():
     bench = Bench(8)
     data = bench.pool.take(512)
     task = Task(READ, memoryview(array("Q", [0])), 512, 512, base=data.offset)
     bench.queue.detach()
+    before = bytes(bench.region.view)
     assert bench.queue.run(task, 1000, 0) == requests.LOST
-    assert task.started == 0
+    assert not bench.queue.submit(READ, 0, 512, data.offset, 0)
+    bench.queue.kick()
+    bench.queue.arm()
+    assert bench.queue.poll() == [] and task.started == 0
+    assert bytes(bench.region.view) == before
 
 
 def test_many_more_requests_than_the_16_bit_index_holds(served):

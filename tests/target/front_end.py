@@ -218,7 +218,7 @@ class FrontEnd:
         """What was used since, polled for; EOFError when the target closed the connection."""
         deadline = time.monotonic() + timeout
         while not (found := self.rings[index].take()):
-            if select.select([self.sock], [], [], 0.0002)[0] and not self.sock.recv(1):
+            if select.select([self.sock], [], [], 0.0002)[0] and self.ended():
                 raise EOFError
             if time.monotonic() > deadline:
                 raise TimeoutError(f"ring {index}: nothing used after {timeout} s")

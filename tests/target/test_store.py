@@ -6,7 +6,7 @@ import os
 import pytest
 
 from virtio.errors import RequestError
-from virtio.target.store import FileStore, MemoryStore, parse_disk, parse_size
+from virtio.target.store import FileStore, parse_disk, parse_size
 
 
 def views(*sizes: int) -> list[memoryview]:
@@ -131,16 +131,3 @@ def test_a_faulty_disk_fails_where_it_is_told_to():
         store.zero(0, 1024, unmap=True)
     with pytest.raises(OSError, match="flush told to fail"):
         store.flush()
-
-
-def test_memory_is_shared_with_processes_forked_off():
-    store = MemoryStore(4096)
-    pid = os.fork()
-    if pid == 0:
-        store.write(10, [memoryview(b"child")])
-        os._exit(0)
-    os.waitpid(pid, 0)
-    into = views(5)
-    store.read(10, into)
-    assert bytes(into[0]) == b"child"
-    store.close()

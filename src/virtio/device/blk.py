@@ -38,6 +38,7 @@ _HEADER = RequestHeader.FORMAT.size
 _RANGE = Range.FORMAT.size
 _SHIFT = 9  # bytes to sectors
 _MAX_BLOCK = 1 << 20
+_MAX_BYTES = 2**63 - 1  # so that every offset is a signed 64-bit number
 _MAX_SECTORS = 0xFFFFFFFF  # in a Range
 
 _ERRORS = {
@@ -84,6 +85,8 @@ class BlkDevice(Device):
                 f"{self.transport.address} has blk_size {size}, want a power of two from "
                 f"{SECTOR_SIZE} to {_MAX_BLOCK}"
             )
+        if config.capacity * SECTOR_SIZE > _MAX_BYTES:
+            raise ProtocolError(f"{self.transport.address} claims {config.capacity} sectors: too many")
         # qemu-storage-daemon offers SIZE_MAX with a size_max of 0, and means no limit.
         size_max = config.size_max or 0xFFFFFFFF
         self._limit_segments(config.seg_max or 1, size_max)

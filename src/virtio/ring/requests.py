@@ -285,7 +285,7 @@ class RequestQueue:
         """`memory` is `queue_bytes(...)` of `region`; data segments are at most `segment_bytes`."""
         stride, response, table, slots = _shape(size, layout, segments, indirect)
         end = _split.areas(size)[2]
-        self._buffer = memory  # keeps the region's bytes lent
+        self._buffer: Buffer | None = memory  # keeps the region's bytes lent
         self.ring = SplitRing(memory.view()[:end], size, event_idx=event_idx)
         self.slots = slots
         self.segments, self.segment_bytes = segments, segment_bytes
@@ -416,6 +416,8 @@ class RequestQueue:
         """Let go of the shared memory, after the device has; only `stop` may be called then."""
         self.stop()
         self.ring.detach()
+        self.slots = self._free_count = self._fault_count = self._ended_count = 0
+        self._buffer = None
         self._region = null()
         self._region_view = memoryview(b"")
 

@@ -11,7 +11,6 @@ from virtio.ring._mem cimport (
     load_u8,
     load_u16,
     load_u32,
-    null,
     store_release_u16,
     store_u8,
     store_u16,

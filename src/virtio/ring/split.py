@@ -17,7 +17,6 @@ if not cython.compiled:
         load_u8,
         load_u16,
         load_u32,
-        null,
         store_release_u16,
         store_u8,
         store_u16,
@@ -80,10 +79,9 @@ class SplitRing:
         return (self._published - self._used_idx) & 0xFFFF
 
     def detach(self) -> None:
-        """Let go of the memory; the ring refuses everything from now on."""
-        self._mem = null()
-        self._view = memoryview(b"")
-        self.size = 0
+        """Let go of the memory: from now on the ring works on bytes of its own, for nobody."""
+        self._view = memoryview(bytearray(len(self._view)))
+        self._mem = window(self._view)
 
     def describe(self, index: int, address: int, length: int, flags: int, following: int) -> None:
         """Fill a descriptor of a head that the device does not have (2.7.5)."""

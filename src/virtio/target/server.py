@@ -36,6 +36,11 @@ DEV_TYPES = ("scsi", "blk")
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_GRACE_MS = 2000  # for a session to end when its front end has left
+_WHY = {
+    "SIGBUS": " (did the shared memory shrink?)",
+    "SIGKILL": " (it was stuck when its front end left)",
+}
 
 
 def run(
@@ -158,33 +163,41 @@ def _accept(
         child = os.pidfd_open(pid)
         ended = False
         try:
-            sock.close()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-            ended = _wait(child, lifeline)
+            ended = _wait(child, lifeline, sock.fileno())
         finally:
             os.close(child)
             os.kill(pid, signal.SIGKILL)  # of no effect on one that has ended
             _, status = os.waitpid(pid, 0)
+            sock.close()
         if not ended:
             return
         if os.WIFSIGNALED(status):
             name = signal.Signals(os.WTERMSIG(status)).name
-            why = " (did the shared memory shrink?)" if name == "SIGBUS" else ""
-            print(f"session ended: killed by {name}{why}", file=sys.stderr, flush=True)
+            print(f"session ended: killed by {name}{_WHY.get(name, '')}", file=sys.stderr, flush=True)
 
 
-def _wait(fd: int, lifeline: int | None) -> bool:
-    """Wait until `fd` is readable; false when `lifeline` came to its end first."""
+def _wait(fd: int, lifeline: int | None, front_end: int | None = None) -> bool:
+    """Wait until `fd` is readable, or the front end is gone for longer than a session takes to end.
+
+    False when `lifeline` came to its end first.
+    """
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     if lifeline is not None:
         poll.register(lifeline, select.POLLIN)
+    if front_end is not None:
+        poll.register(front_end, select.POLLRDHUP)
+    grace: int | None = None
     while True:
-        ready = [number for number, _ in poll.poll()]
+        ready = [number for number, _ in poll.poll(grace)]
         if lifeline in ready and not os.read(lifeline, 4096):
             return False
-        if fd in ready:
+        if fd in ready or not ready:
             return True
+        if front_end in ready:
+            poll.unregister(front_end)
+            grace = _GRACE_MS
 
 
 def _serve(sock: socket.socket, device: Device, features: int, extensions: int) -> NoReturn:

@@ -381,6 +381,8 @@ class Session:
     def _set_vring_kick(self, payload: bytes, fds: list[int]) -> None:
         vring = self._vring_fd(payload, fds)
         try:
+            for fd in fds:
+                os.set_blocking(fd, False)  # another reader may be faster
             self._set_kick(vring, fds[0] if fds else -1)
         except OSError as error:
             raise ProtocolError(f"kick descriptor of ring {vring.index}: {error}") from error
@@ -396,12 +398,10 @@ class Session:
         self._set_call(vring, fds.pop() if fds else -1)
 
     def _vring_fd(self, payload: bytes, fds: list[int]) -> _Vring:
-        """The ring that is sent a descriptor, which is made non-blocking, or is to have none."""
+        """The ring that is sent a descriptor, or is to have none."""
         what = VringFd.decode(payload)
         if len(fds) != (0 if what.nofd else 1):
             raise ProtocolError(f"{len(fds)} descriptors for ring {what.index}, want 1 or its NOFD")
-        for fd in fds:
-            os.set_blocking(fd, False)  # the other side may have filled or emptied it
         return self._vring(what.index)
 
     def _set_vring_enable(self, payload: bytes, fds: list[int]) -> None:

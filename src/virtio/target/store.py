@@ -135,6 +135,10 @@ class MemoryStore(FileStore):
     def flush(self) -> None:
         pass
 
+    def close(self) -> None:
+        self._view = memoryview(b"")
+        super().close()
+
 
 class FaultyStore:
     """A store that fails, or is slow, on purpose: for tests of whoever uses the disk.
