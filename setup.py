@@ -22,6 +22,7 @@ MODULES = [
     "virtio.ring.buffer",
     "virtio.ring.device",
     "virtio.ring.doorbell",
+    "virtio.ring.load",
     "virtio.ring.requests",
     "virtio.ring.split",
 ]

@@ -8,8 +8,6 @@ from array import array
 from collections.abc import Iterator
 from typing import Any
 
-import pytest
-
 from tests.model import Backend, Blk, Scsi
 from virtio.errors import VirtioError
 from virtio_bdev import Channel, Controller, attach
@@ -52,12 +50,14 @@ def ended(model: Backend, sessions: int = 1) -> None:
     assert model.wait_for(lambda: model.names().count("disconnect") >= sessions), "no disconnect"
 
 
-def refused(model: Backend, **arguments: Any) -> VirtioError:
+def refused(model: Backend, clause: str, **arguments: Any) -> VirtioError:
     """Attaching must fail, with an error of ours; that error."""
-    with pytest.raises(VirtioError) as caught:
+    try:
         connect(model, **arguments).close()
-    ended(model)
-    return caught.value
+    except VirtioError as error:
+        ended(model)
+        return error
+    raise AssertionError(f"{clause}: attaching succeeded")
 
 
 def fill(model: Backend, seed: int = 1) -> bytes:

@@ -82,7 +82,7 @@ def test_features_are_accepted_once(kind):
 def test_a_device_that_takes_features_ok_back_is_given_up_as_failed(kind):
     """INI-4, STA-2."""
     with backend(kind, refuse_status=Status.FEATURES_OK) as model:
-        error = refused(model)
+        error = refused(model, "INI-4")
         assert isinstance(error, TransportError), f"INI-4: {error!r}"
         written = model.values("SET_STATUS")
         failed = [status for status in written if status]
@@ -116,7 +116,7 @@ def test_without_status_rings_are_kicked_after_all_are_enabled(kind):
 def test_after_a_failure_the_device_is_reset_before_it_is_initialized_again(kind):
     """STA-2."""
     with backend(kind, refuse_status=Status.FEATURES_OK) as model:
-        refused(model)
+        refused(model, "STA-2")
         model.options.refuse_status = 0
         before = len(model.log)
         with connect(model):
@@ -195,7 +195,7 @@ def test_of_all_bits_only_those_that_make_sense_here_are_accepted(kind):
 def test_a_device_without_version_1_is_given_up_as_failed(kind):
     """FEA-4, STA-2."""
     with backend(kind, features=RING_FEATURES & ~F.VERSION_1) as model:
-        error = refused(model)
+        error = refused(model, "FEA-4")
         assert "VERSION_1" in str(error), f"FEA-4: the message does not say why: {error}"
         written = model.values("SET_STATUS")
         failed = [status for status in written if status]

@@ -1,17 +1,20 @@
 """The split virtqueue (virtio 2.6, 2.7)."""
 
+import contextlib
 import itertools
+import os
 import random
 import threading
 from array import array
 
 import pytest
 
-from tests.conformance.driver import KINDS, backend, batch, channel, connect, device, exercise, fill
+from tests.conformance.driver import KINDS, TIMEOUT, backend, batch, channel, connect, device, exercise, fill
 from tests.model import Backend, Chain, Ring
 from tests.model.wire import F
 from virtio.errors import DeviceError, ProtocolError, RequestTimeout, VirtioError
 from virtio.ring.split import SplitRing, areas
+from virtio_bdev import Channel
 
 BASE = F.VERSION_1 | F.PROTOCOL_FEATURES
 WITH_EVENT_IDX = BASE | F.EVENT_IDX
@@ -374,6 +377,90 @@ def test_a_used_index_that_runs_ahead_breaks_the_device(kind, jump):
             opened.read(0, 512)
 
 
+@pytest.mark.parametrize("ahead", [1, 2, 4, 100, 40000])
+def test_a_used_index_that_runs_ahead_is_refused_before_its_first_entry(ahead):
+    """SPL-14."""
+    _, used, end = areas(4)
+    memory = bytearray(end)
+    ring = SplitRing(memoryview(memory), 4, event_idx=False)
+    ring.offer(2)
+    ring.publish()
+    u32 = memoryview(memory).cast("I")
+    u32[used // 4 + 1] = 2  # a good entry: head 2
+    memoryview(memory).cast("H")[used // 2 + 1] = 1 + ahead
+    assert ring.reap() == -2, f"SPL-14: an index {ahead} too far was followed"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("features", RINGS)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_device_that_scribbles_on_all_that_is_shared_harms_nobody(kind, features, seed):
+    """SPL-14: rings, tables, headers, responses and data: an error or wrong data, and an end."""
+    with backend(kind, features=features) as model:
+        with connect(model, queues=1) as controller:
+            bdev = next(iter(controller.values()))
+            with bdev.open(timeout=0.05) as opened:
+                opened.read(0, 4096)
+
+                def scribble() -> None:
+                    chance = random.Random(seed)
+                    ring = request_ring(model)
+                    for area in (ring._desc, ring._avail, ring._used):
+                        assert area is not None
+                        region, at, length = area
+                        region.memory[at : at + length] = chance.randbytes(length)
+                    region, at, length = ring.chains[-1].writable[0]
+                    region.memory[at : at + length] = chance.randbytes(length)
+                    ring.broken = True  # it looks no more: what it would find is its own
+
+                model.do(scribble)
+                for _ in range(3):
+                    with contextlib.suppress(VirtioError):
+                        opened.read(0, 4096)
+                    with contextlib.suppress(VirtioError):
+                        batch_of_reads(opened, 50)
+
+
+def batch_of_reads(opened: Channel, count: int) -> None:
+    """Reads whose data nobody looks at."""
+    opened.read_batch(array("Q", [512] * count), 512, bytearray(512 * count))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("features", RINGS)
+def test_two_threads_on_two_queues_keep_apart(kind, features):
+    """SPL-10, CLN-2: each with its own ring, at the same time, every byte compared."""
+    with backend(kind, features=features) as model:
+        fill(model)
+        with connect(model, queues=2) as controller:
+            bdev = next(iter(controller.values()))
+            failures: list[BaseException] = []
+
+            def work(number: int) -> None:
+                try:
+                    chance = random.Random(number)
+                    with bdev.open(timeout=TIMEOUT) as opened:
+                        for turn in range(20):
+                            at = (number << 19) + 4096 * turn
+                            data = chance.randbytes(4096)
+                            opened.write(at, data)
+                            assert opened.read(at, 4096) == data
+                            batch_of_reads(opened, 100)
+                        both.wait(5)
+                except BaseException as error:
+                    failures.append(error)
+
+            both = threading.Barrier(2)
+            threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(30)
+            assert not failures, failures
+            first = model.device.first_queue
+            assert all(model.rings[first + number].taken > 1000 for number in range(2)), "SPL-10"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_full_kick_counter_counts_as_kicked(kind):
     """SPL-16: the device shares the eventfd and may fill it; nobody hangs."""
@@ -382,8 +469,6 @@ def test_a_full_kick_counter_counts_as_kicked(kind):
         ring = request_ring(model)
 
         def stuff() -> None:
-            import os
-
             ring.drain_kick()
             os.eventfd_write(ring.kick, (1 << 64) - 2)
 

@@ -87,7 +87,7 @@ def test_a_wrong_reply_ends_the_connection(kind, name, wrong):
     if kind == "scsi" and name == "GET_CONFIG":
         pytest.skip("a SCSI host may go without its configuration")
     with backend(kind, replies={name: WRONG[wrong]}) as model:
-        error = refused(model)
+        error = refused(model, "VHU-3")
         assert isinstance(error, ProtocolError | TransportError), f"VHU-3: {error!r}"
         if isinstance(error, ProtocolError):
             assert model.names()[-2:] in ([name, "disconnect"],) or "connect" in model.names()[1:], (
@@ -122,7 +122,7 @@ def test_a_back_end_that_drops_the_connection_is_reported(kind, name):
     """VHU-3."""
     with backend(kind, drop_at=name) as model:
         started = time.monotonic()
-        error = refused(model, timeout=30)
+        error = refused(model, "VHU-3", timeout=30)
         assert isinstance(error, TransportError), f"VHU-3: {error!r}"
         assert time.monotonic() - started < 10, "VHU-3: it was waited for"
 
@@ -131,7 +131,7 @@ def test_a_back_end_that_drops_the_connection_is_reported(kind, name):
 def test_a_back_end_that_hangs_is_not_waited_for_for_ever(name):
     """VHU-4: the wait for a reply is bounded."""
     with backend("blk", hang_on=name) as model:
-        error = refused(model, timeout=0.2)
+        error = refused(model, "VHU-4", timeout=0.2)
         assert isinstance(error, RequestTimeout | TransportError), f"VHU-4: {error!r}"
 
 
@@ -179,7 +179,7 @@ def test_a_bare_back_end_works(kind):
     """VHU-5, VHU-7, VHU-8: no bit 30, so nothing of the protocol features is touched."""
     with backend(kind, features=F.VERSION_1) as model:
         if kind == "blk":
-            error = refused(model)  # its capacity is in the configuration space
+            error = refused(model, "VHU-5")  # its capacity is in the configuration space
             assert isinstance(error, TransportError), f"VHU-5: {error!r}"
         else:
             with channel(model, queues=1) as opened:
@@ -307,7 +307,7 @@ def test_a_new_ring_starts_at_base_0(kind):
 def test_more_queues_than_the_back_end_has_are_an_error(kind):
     """VHU-11."""
     with backend(kind, queue_num=3) as model:
-        error = refused(model, queues=4)
+        error = refused(model, "VHU-11", queues=4)
         assert isinstance(error, NoQueueError), f"VHU-11: {error!r}"
         assert "SET_VRING_NUM" not in model.names(), "VHU-11: a ring was set up all the same"
 
@@ -358,7 +358,7 @@ def test_memory_slots_are_used_if_offered_and_counted(kind):
 def test_a_back_end_without_a_memory_slot_is_refused():
     """VHU-14."""
     with backend("blk", max_mem_slots=0) as model:
-        refused(model)
+        refused(model, "VHU-14")
         assert "ADD_MEM_REG" not in model.names(), "VHU-14: a region more than there are slots"
 
 
@@ -377,7 +377,7 @@ def test_rings_are_named_by_user_addresses_and_buffers_by_guest_addresses(kind):
 def test_a_configuration_that_is_too_short_is_an_error():
     """VHU-16: the back end says so with an empty reply."""
     with Backend(Blk(span=40)) as model:
-        error = refused(model)
+        error = refused(model, "VHU-16")
         assert isinstance(error, ProtocolError | TransportError), f"VHU-16: {error!r}"
 
 
@@ -392,7 +392,7 @@ def test_get_config_asks_for_something_and_sends_as_many_bytes():
 def test_without_config_a_disk_of_unknown_size_is_refused():
     """VHU-16, VHU-5."""
     with backend("blk", protocol_features=PROTOCOL_FEATURES & ~P.CONFIG) as model:
-        refused(model)
+        refused(model, "VHU-16")
         assert "GET_CONFIG" not in model.names(), "VHU-16: GET_CONFIG without CONFIG"
 
 
@@ -484,7 +484,7 @@ def test_nonsense_on_the_channel_back_does_no_harm():
 def test_an_acknowledgement_other_than_0_is_a_failure(kind, name):
     """VHU-19."""
     with backend(kind, acks={name: 1}) as model:
-        error = refused(model)
+        error = refused(model, "VHU-19")
         assert isinstance(error, TransportError), f"VHU-19: {error!r}"
 
 
@@ -552,10 +552,10 @@ def come_and_go(model: Backend, how: str) -> None:
             exercise(model, opened)
     elif how == "refused":
         model.options.acks = {"SET_VRING_ADDR": 5}
-        refused(model)
+        refused(model, "VHU-3")
     elif how == "dropped":
         model.options.drop_at = "SET_VRING_ADDR"
-        refused(model)
+        refused(model, "VHU-3")
     elif how == "lost":
         with connect(model) as controller:
             model.disconnect()
@@ -563,7 +563,7 @@ def come_and_go(model: Backend, how: str) -> None:
             assert len(controller) == 1
     else:
         model.options.hang_on = "SET_VRING_ADDR"
-        refused(model, timeout=0.2)
+        refused(model, "VHU-3", timeout=0.2)
     assert model.wait_for(lambda: model.session is None)
 
 

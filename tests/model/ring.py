@@ -340,11 +340,12 @@ class Ring:
             address, length, flags, following = DESCRIPTOR.unpack(raw)
             chain.descriptors.append((address, length, flags, following))
             if in_table:
-                if index in self._owner:
-                    self.violate(
-                        "CLN-1",
-                        f"{where}: descriptor {index} is still part of head {self._owner[index]}",
-                    )
+                owner = self._owner.get(index)
+                if owner == head:
+                    self.violate("SPL-4", f"{where}: descriptor {index} is met twice: a loop")
+                    return None
+                if owner is not None:
+                    self.violate("CLN-1", f"{where}: descriptor {index} is still part of head {owner}")
                     return None
                 chain.table.append((index, raw))
                 self._owner[index] = head

@@ -226,7 +226,8 @@ class Session:
             raise Lost("nonsense")
         want = self._descriptors(request, payload)
         if want != count:
-            self.violate("VHU-2", f"{name}: {count} descriptors, not {want}")
+            clause = "VHU-12" if request is Request.SET_MEM_TABLE else "VHU-2"
+            self.violate(clause, f"{name}: {count} descriptors, not {want}")
             raise Lost("nonsense")
         if name == self.options.drop_at:
             self.record(Record(name, self._decoded(request, payload), count, flags))

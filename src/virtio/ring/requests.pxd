@@ -25,13 +25,14 @@ from virtio.ring._mem cimport (
 )
 from virtio.ring._os cimport now_ns, relax
 from virtio.ring.doorbell cimport Doorbell
+from virtio.ring.load cimport Load
 from virtio.ring.split cimport SplitRing
 
-cdef int _NO_DATA, _TO_DEVICE, _FROM_DEVICE, _OFFSET, _NBYTES, _BOUNCED, _CONSTANT
+cdef int _NO_DATA, _TO_DEVICE, _FROM_DEVICE, _OFFSET, _NBYTES, _CONSTANT, _BOUNCED, _LOADED
 cdef int _DONE, _TICK, _IDLE, _FAULT, _BROKEN, _LOST, _UNFIT
 cdef int _NEXT, _WRITE, _INDIRECT, _NOTHING, _RING_BROKEN, _FULL, _MISFIT
 cdef int32_t _EINPROGRESS
-cdef size_t _RECORD, _STATE, _KEY, _LENGTH, _OFF, _DATA, _TOKEN, _RESULT, _PATCH
+cdef size_t _RECORD, _STATE, _KEY, _LENGTH, _OFF, _DATA, _TOKEN, _RESULT, _TIME, _PATCH
 cdef uint32_t _FREE, _TASK, _SINGLE, _ORPHAN, _ENDED
 cdef uint32_t _CLOCK_EVERY
 
@@ -52,6 +53,7 @@ cdef class Template:
 @cython.final
 cdef class Task:
     cdef readonly Template template
+    cdef readonly Load load
     cdef readonly object buffers, status
     cdef readonly uint64_t item_bytes, part_bytes, parts, total, started, finished, active
     cdef object _offsets_view, _user_view, _left_array, _cell_array
@@ -63,6 +65,7 @@ cdef class Task:
 
     @cython.locals(item=uint64_t, left=uint32_t)
     cdef void _finish(self, uint64_t part, bint good) noexcept nogil
+    cdef void _count(self) noexcept nogil
 
 
 @cython.final
@@ -90,6 +93,8 @@ cdef class RequestQueue:
     @cython.locals(count=int, part=uint64_t, item=uint64_t, within=uint64_t, nbytes=uint64_t,
                    place=uint64_t, data=uint64_t, offset=uint64_t)
     cdef int _fill(self, Task task) noexcept nogil
+    @cython.locals(room=uint64_t, part=uint64_t, data=uint64_t, slot=int)
+    cdef int _fill_load(self, Task task) noexcept nogil
     @cython.locals(slot=uint32_t, record=size_t, base=size_t, same=bint, i=int, patch=size_t,
                    source=int, value=uint64_t)
     cdef int _start(self, Template template, uint64_t offset, uint64_t nbytes, uint64_t data,
@@ -117,7 +122,6 @@ cdef class RequestQueue:
     cdef uint64_t _result(self, uint32_t slot) noexcept nogil
     @cython.locals(part=uint64_t, data=uint64_t, item=uint64_t, place=uint64_t, nbytes=uint64_t)
     cdef void _complete(self, Task task, size_t record) noexcept nogil
-    @cython.locals(cell=uint32_t)
     cdef void _give_cell(self, Task task, uint64_t data) noexcept nogil
     cdef void _release(self, uint32_t slot) noexcept nogil
     @cython.locals(slot=uint32_t, record=size_t, begin=size_t)

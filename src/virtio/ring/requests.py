@@ -52,21 +52,22 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from virtio.ring.buffer import Buffer
+    from virtio.ring.load import Load
     from virtio.ring.region import Mapping
 
 # Where a request's data is.
 NO_DATA, TO_DEVICE, FROM_DEVICE = 0, 1, 2
 # What a patch stores.
 OFFSET, NBYTES, TAG = 0, 1, 2
-# How a task finds the data of its parts: in place in the region, through bounce cells, or always
-# the same bytes.
-IN_PLACE, BOUNCED, CONSTANT = 0, 1, 2
+# How a task finds the data of its parts: in place in the region, always the same bytes, through
+# bounce cells, or in cells of whose content nothing becomes (a load).
+IN_PLACE, CONSTANT, BOUNCED, LOADED = 0, 1, 2, 3
 # Why `run` came back.
 DONE, TICK, IDLE, FAULT, BROKEN, LOST, UNFIT = 0, 1, 2, 3, 4, 5, 6
 
 _NO_DATA, _TO_DEVICE, _FROM_DEVICE = 0, 1, 2
 _OFFSET, _NBYTES = 0, 1
-_BOUNCED, _CONSTANT = 1, 2
+_CONSTANT, _BOUNCED, _LOADED = 1, 2, 3
 _DONE, _TICK, _IDLE, _FAULT, _BROKEN, _LOST, _UNFIT = 0, 1, 2, 3, 4, 5, 6
 _NEXT, _WRITE, _INDIRECT = 1, 2, 4
 _NOTHING, _RING_BROKEN = -1, -2
@@ -75,7 +76,7 @@ _EINPROGRESS = errno.EINPROGRESS
 
 # A slot's private record, and the states it goes through.
 _RECORD = 64
-_STATE, _KEY, _LENGTH, _OFF, _DATA, _TOKEN, _RESULT = 0, 4, 8, 16, 24, 32, 40
+_STATE, _KEY, _LENGTH, _OFF, _DATA, _TOKEN, _RESULT, _TIME = 0, 4, 8, 16, 24, 32, 40, 48
 _FREE, _TASK, _SINGLE, _ORPHAN, _ENDED = 0, 1, 2, 3, 4
 
 _PATCH = 10  # a packed patch: source, offset, width, big-endian, shift; 16 bits each
@@ -150,8 +151,11 @@ class Task:
 
     `status` gets one negative errno an item: 0 when done, -EINPROGRESS until then. `base` is where
     in the region the data is (IN_PLACE: item `i` at `base + i * item_bytes`; CONSTANT: always
-    there) or where `cells` bounce cells of `part_bytes` are (BOUNCED, from and to `user`).
+    there) or where `cells` cells of `part_bytes` are (BOUNCED, from and to `user`; LOADED).
     At most `depth` parts are in flight. `buffers` are held as long as the device may touch them.
+
+    A LOADED one has the offsets of `load`, none of its own, items of one part, and no status; it
+    starts nothing more after the load's end, or the first error.
     """
 
     def __init__(
@@ -167,19 +171,23 @@ class Task:
         cells: int = 0,
         depth: int = 1 << 16,
         buffers: Sequence[Buffer] = (),
+        load: Load | None = None,
     ) -> None:
         items = len(offsets)
         if offsets.itemsize != 8 or not offsets.contiguous:
             raise RequestError("offsets must be contiguous unsigned 64-bit integers")
-        if item_bytes <= 0 or part_bytes <= 0 or (mode == BOUNCED and cells <= 0):
+        if item_bytes <= 0 or part_bytes <= 0 or (mode >= BOUNCED and cells <= 0):
             raise RequestError(f"a task of {item_bytes} bytes in parts of {part_bytes}")
         if user is not None and user.nbytes < items * item_bytes:
             raise RequestError(f"{user.nbytes} bytes for {items} items of {item_bytes}")
+        if (load is not None) != (mode == LOADED):
+            raise RequestError("a load, and the mode LOADED, need each other")
         self.template = template
+        self.load = load
         self.buffers = tuple(buffers)
         self.item_bytes, self.part_bytes = item_bytes, part_bytes
         self.parts = -(-item_bytes // part_bytes)
-        self.total = items * self.parts
+        self.total = items * self.parts if load is None else load.requests
         self.started = self.finished = self.active = 0
         self.status = array("i", [-_EINPROGRESS]) * items
         self._failed: dict[int, int] = {}
@@ -190,17 +198,24 @@ class Task:
         self._status = window(self.status) if items else null()
         self._left_array = array("I", [self.parts]) * (items if self.parts > 1 else 0)
         self._left = window(self._left_array) if self._left_array else null()
-        self._cell_array = array("I", range(cells))
+        self._cell_array = array("Q", [base + cell * part_bytes for cell in range(cells)])
         self._cells = window(self._cell_array) if cells else null()
         self._free_cells = cells
 
     def offset(self, part: int) -> int:
         """The byte on the disk where a part begins."""
+        if self.load is not None:
+            return self.load.offset(part)
         item = part // self.parts
         return load_u64(self._offsets, 8 * item) + part % self.parts * self.part_bytes
 
     def fail(self, part: int, code: int) -> bool:
         """Count a part as failed with an errno; true if it is the first by offset of its item."""
+        if self.load is not None:
+            self.load.errors += 1
+            self.total = self.started
+            self._count()
+            return True
         item = part // self.parts
         first = part < self._failed.get(item, self.total)
         if first:
@@ -211,8 +226,7 @@ class Task:
 
     def _finish(self, part: int, good: bool) -> None:
         """One part less to wait for; the last good part of an item makes its status 0."""
-        self.finished += 1
-        self.active -= 1
+        self._count()
         if self.parts == 1:
             if good:
                 store_i32(self._status, 4 * part, 0)
@@ -222,6 +236,10 @@ class Task:
         store_u32(self._left, 4 * item, left)
         if left == 0 and load_i32(self._status, 4 * item) == -_EINPROGRESS:
             store_i32(self._status, 4 * item, 0)
+
+    def _count(self) -> None:
+        self.finished += 1
+        self.active -= 1
 
 
 def first_bad_offset(offsets: memoryview, nbytes: int, grid: int, size: int) -> int:
@@ -381,6 +399,8 @@ class RequestQueue:
         IDLE: nothing came for `spin_ns`; sleep on the completion descriptor (`arm` first). FAULT:
         take `faults()`, then run on. BROKEN and LOST are final.
         """
+        if task.load is not None:
+            task.load.enter()
         with cython.nogil:
             reason = self._run(task, slice_ns, spin_ns)
         if reason == _BROKEN:
@@ -462,6 +482,8 @@ class RequestQueue:
 
     def _fill(self, task: Task) -> int:
         """Start as many parts as there is room for; their number, or -2 if one does not fit."""
+        if task._mode == _LOADED:
+            return self._fill_load(task)
         count = 0
         while task.started < task.total and self._free_count and task.active < task._depth:
             if task._mode == _BOUNCED and task._free_cells == 0:
@@ -476,7 +498,7 @@ class RequestQueue:
             data = task._base
             if task._mode == _BOUNCED:
                 task._free_cells -= 1
-                data += load_u32(task._cells, 4 * task._free_cells) * task.part_bytes
+                data = load_u64(task._cells, 8 * task._free_cells)
                 if task.template.direction == _TO_DEVICE:
                     copy(self._region, data, task._user, place, nbytes)
             elif task._mode != _CONSTANT:
@@ -488,6 +510,30 @@ class RequestQueue:
             task.active += 1
             count += 1
         return count
+
+    def _fill_load(self, task: Task) -> int:
+        """The same for a load, which makes its offsets and wants to know when each part starts."""
+        room = task._depth - task.active
+        if room > task.total - task.started:
+            room = task.total - task.started
+        if room > self._free_count:
+            room = self._free_count
+        if room > task._free_cells:
+            room = task._free_cells
+        if not task.load.begin(room):
+            task.total = task.started
+            return 0
+        for _ in range(room):
+            part = task.started
+            task._free_cells -= 1
+            data = load_u64(task._cells, 8 * task._free_cells)
+            slot = self._start(task.template, task.load.offset(part), task.item_bytes, data, part, _TASK)
+            if slot < 0:
+                return _MISFIT
+            store_u64(self._records, _RECORD * slot + _TIME, task.load.now)
+            task.started += 1
+            task.active += 1
+        return room
 
     def _start(self, template: Template, offset: int, nbytes: int, data: int, token: int, state: int) -> int:
         """Fill a free slot and offer its head; the slot, -1 if none is free, -2 if too long."""
@@ -660,6 +706,11 @@ class RequestQueue:
     def _complete(self, task: Task, record: int) -> None:
         part = load_u64(self._records, record + _TOKEN)
         data = load_u64(self._records, record + _DATA)
+        if task._mode == _LOADED:
+            task.load.complete(load_u64(self._records, record + _TIME))
+            self._give_cell(task, data)
+            task._count()
+            return
         if task._mode == _BOUNCED:
             if task.template.direction == _FROM_DEVICE:
                 item = part // task.parts
@@ -670,9 +721,8 @@ class RequestQueue:
         task._finish(part, True)
 
     def _give_cell(self, task: Task, data: int) -> None:
-        if task._mode == _BOUNCED:
-            cell = (data - task._base) // task.part_bytes
-            store_u32(task._cells, 4 * task._free_cells, cell)
+        if task._mode >= _BOUNCED:
+            store_u64(task._cells, 8 * task._free_cells, data)
             task._free_cells += 1
 
     def _release(self, slot: int) -> None:

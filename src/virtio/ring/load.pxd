@@ -1,0 +1,38 @@
+"""C types for load.py; all code is there."""
+
+cimport cython
+from libc.stdint cimport uint64_t
+
+from virtio.ring._bits cimport bit_length, scale
+from virtio.ring._mem cimport Mem, load_u64, store_u64, window
+from virtio.ring._os cimport now_ns
+
+cdef uint64_t _LAST, _SEVERAL, _GAMMA, _MIX1, _MIX2
+cdef int _SUB_BITS, _EXACT, _BUCKETS
+
+
+@cython.final
+cdef class Histogram:
+    cdef readonly uint64_t count, total, maximum
+    cdef uint64_t _least
+    cdef double _squares
+    cdef object _owner
+    cdef Mem _counts
+
+    @cython.locals(index=uint64_t, bits=int)
+    cpdef void record(self, uint64_t value) noexcept nogil
+
+
+@cython.final
+cdef class Load:
+    cdef readonly uint64_t nbytes, requests, begun, now, deadline
+    cdef readonly Histogram latency
+    cdef public uint64_t errors
+    cdef uint64_t _blocks, _runtime, _seed
+    cdef bint _random, _fresh
+
+    @cython.locals(block=uint64_t)
+    cpdef uint64_t offset(self, uint64_t number) noexcept nogil
+    cpdef void enter(self) noexcept nogil
+    cpdef bint begin(self, uint64_t count) noexcept nogil
+    cpdef void complete(self, uint64_t began) noexcept nogil

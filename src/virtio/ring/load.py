@@ -1,0 +1,182 @@
+"""A load to measure a disk with: where its requests go, when it ends, how long each request took.
+
+Nothing here grows with the number of requests: an offset is a function of the request's number, and
+latencies are counted in a histogram.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import cython
+
+from virtio.errors import RequestError
+
+if not cython.compiled:
+    from virtio.ring._bits import bit_length, scale
+    from virtio.ring._mem import load_u64, store_u64, window
+    from virtio.ring._os import now_ns
+
+UNLIMITED = 1 << 62  # requests, or nanoseconds
+
+_LAST = 0xFFFFFFFFFFFFFFFF
+_SUB_BITS = 7  # 128 buckets for each power of two
+_EXACT = 8  # values of so many bits have a bucket each
+_BUCKETS = (64 - _EXACT << _SUB_BITS) + (1 << _EXACT)
+
+_SEVERAL = 4  # requests that make it worth while to look at the clock again
+
+# SplitMix64: Steele, Lea, Flood, "Fast splittable pseudorandom number generators".
+_GAMMA, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+class Bucket(NamedTuple):
+    """How many values there were from `low` to `high`, both included."""
+
+    low: int
+    high: int
+    count: int
+
+
+class Histogram:
+    """Counts of 64-bit values, in 128 buckets for each power of two.
+
+    `percentile` is within 0.4 % of the value that it stands for; `mean`, `minimum` and `maximum` are
+    exact, `stddev` as exact as floating point. One thread at a time.
+    """
+
+    def __init__(self) -> None:
+        self.count = self.total = self.maximum = 0
+        self._least = _LAST
+        self._squares = 0.0
+        self._owner = bytearray(8 * _BUCKETS)
+        self._counts = window(self._owner)
+
+    def record(self, value: int) -> None:
+        """Count a value."""
+        index = value
+        bits = bit_length(value)
+        if bits > _EXACT:
+            index = (bits - _EXACT << _SUB_BITS) + (value >> bits - _EXACT)
+        store_u64(self._counts, 8 * index, load_u64(self._counts, 8 * index) + 1)
+        self.count += 1
+        self.total += value
+        self._squares += float(value) * float(value)
+        if value < self._least:
+            self._least = value
+        if value > self.maximum:
+            self.maximum = value
+
+    @property
+    def minimum(self) -> int:
+        """The least value, 0 if there was none."""
+        return int(self._least) if self.count else 0
+
+    @property
+    def mean(self) -> float:
+        """The sum of all values by their number."""
+        return self.total / self.count if self.count else 0.0
+
+    @property
+    def stddev(self) -> float:
+        """The standard deviation of all values."""
+        if not self.count:
+            return 0.0
+        return math.sqrt(max(0.0, self._squares / self.count - self.mean**2))
+
+    def percentile(self, percent: float) -> int:
+        """The least value that at least `percent` of all values do not exceed; 0 if there was none."""
+        rank = max(1, -(-round(percent * 10**6) * self.count // 10**8))
+        for bucket in self.buckets():
+            rank -= bucket.count
+            if rank <= 0:
+                middle = (bucket.low + bucket.high) // 2
+                return min(max(middle, self.minimum), self.maximum)
+        return 0
+
+    def buckets(self) -> list[Bucket]:
+        """Those that are not empty, from the least value up."""
+        found = []
+        for index in range(_BUCKETS):
+            count = load_u64(self._counts, 8 * index)
+            if count:
+                shift = max(0, (index >> _SUB_BITS) - 1)
+                low = index - (shift << _SUB_BITS) << shift
+                found.append(Bucket(low, low + (1 << shift) - 1, count))
+        return found
+
+    def __repr__(self) -> str:
+        return f"<Histogram of {self.count} values from {self.minimum} to {self.maximum}>"
+
+
+class Load:
+    """Requests of `nbytes` each, all over the `size` bytes of a disk: in sequence, or at random.
+
+    It ends after `runtime_ns` or so many `requests`, whichever comes first, or with the first error.
+    A sequence begins again at the disk's start when it has come to its end; what is left there, less
+    than `nbytes`, is not touched. The same `seed` gives the same offsets. `latency` is in nanoseconds,
+    from when a request is about to be put on the ring until its completion is seen; requests that
+    are put there, or seen, together share one reading of the clock. For one run, by one thread.
+    """
+
+    def __init__(
+        self,
+        nbytes: int,
+        size: int,
+        *,
+        random: bool,
+        runtime_ns: int = UNLIMITED,
+        requests: int = UNLIMITED,
+        seed: int = 0,
+    ) -> None:
+        if not 0 < nbytes <= size:
+            raise RequestError(f"requests of {nbytes} bytes on {size} bytes")
+        if runtime_ns <= 0 or requests <= 0:
+            raise RequestError(f"a load of {requests} requests in {runtime_ns} ns")
+        self.nbytes = nbytes
+        self.requests = requests
+        self.latency = Histogram()
+        self.errors = 0
+        self.begun = self.now = self.deadline = 0
+        self._fresh = False
+        self._blocks = size // nbytes
+        self._random = random
+        self._runtime = min(runtime_ns, UNLIMITED)
+        self._seed = seed & _LAST
+
+    def offset(self, number: int) -> int:
+        """The byte on the disk where request `number` begins."""
+        block = number
+        if self._random:
+            block = (self._seed + (number + 1) * _GAMMA) & _LAST
+            block = ((block ^ block >> 30) * _MIX1) & _LAST
+            block = ((block ^ block >> 27) * _MIX2) & _LAST
+            block = scale(block ^ block >> 31, self._blocks)
+        elif number >= self._blocks:
+            block = number % self._blocks
+        return block * self.nbytes
+
+    def enter(self) -> None:
+        """A run begins, or goes on after a break in which time has passed."""
+        self._fresh = False
+        if self.begun == 0:
+            self.begun = self.now = now_ns()
+            self.deadline = self.begun + self._runtime
+
+    def begin(self, count: int) -> bool:
+        """So many requests are about to be submitted, at `now`; false if it is too late for that.
+
+        The time when completions were seen is good enough, unless there were several.
+        """
+        if count > _SEVERAL or (count and not self._fresh):
+            self.now = now_ns()
+        self._fresh = False
+        return count == 0 or self.now < self.deadline
+
+    def complete(self, began: int) -> None:
+        """Count a request that was submitted at `began`, and has just been seen to be done."""
+        if not self._fresh:
+            self.now = now_ns()
+            self._fresh = True
+        self.latency.record(self.now - began)

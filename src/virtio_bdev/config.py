@@ -1,0 +1,261 @@
+"""What to attach: one `BdevSpec` for the command line, the configuration file and programs.
+
+The file is that of the original module: a section `[Virtio]` with lines `Dev User PATH` and
+`Dev Pci`. More words on a line name the controller and its type, and set the fields of `BdevSpec`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple, NoReturn, get_args
+
+from virtio.errors import RequestError
+from virtio_bdev.registry import Controller, DevType, attach
+
+DEV_TYPES: tuple[str, ...] = get_args(DevType)
+
+_MAX_FILE = 1 << 20  # bytes: ten thousand devices and their comments
+_MAX_LINE = 4096
+_WORD = re.compile(r'(?:[^\s"]|"[^"]*")+|"')
+_PCI_ADDRESS = re.compile(r"(?:[0-9a-f]{4}:)?[0-9a-f]{2}:[01][0-9a-f]\.[0-7]", re.IGNORECASE)
+
+
+class ConfigError(RequestError):
+    """A configuration file, or a line of it, cannot be used; says which, and what was expected."""
+
+
+def _dev_type(text: str) -> str:
+    if text not in DEV_TYPES:
+        raise ValueError
+    return text
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[\w.+:@-]{1,64}", text, re.ASCII):
+        raise ValueError
+    return text
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"[1-9][0-9]{0,4}", text):
+        raise ValueError
+    return int(text)
+
+
+def _power_of_two(text: str) -> int:
+    size = _count(text)
+    if size & (size - 1) or not 2 <= size <= 32768:
+        raise ValueError
+    return size
+
+
+def _seconds(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{0,6}\.?[0-9]{1,9}", text) or not float(text):
+        raise ValueError
+    return float(text)
+
+
+class Option(NamedTuple):
+    """How people write a field of `BdevSpec`: `parse` raises ValueError for what is not `want`."""
+
+    words: str  # what it means
+    want: str
+    example: str
+    parse: Callable[[str], Any]
+
+
+def _option(default: Any, words: str, want: str, example: str, parse: Callable[[str], Any]) -> Any:
+    return field(default=default, metadata={"option": Option(words, want, example, parse)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BdevSpec:
+    """What `virtio_bdev.attach` takes."""
+
+    address: str
+    dev_type: DevType = _option("scsi", "Kind of device.", "scsi or blk", "blk", _dev_type)
+    name: str | None = _option(
+        None,
+        "Name of the controller, and the beginning of its disks' names; VirtioScsi0, VirtioBlk0 and "
+        "so on unless given.",
+        "1 to 64 letters, digits or any of _.+:@-",
+        "Fast0",
+        _name,
+    )
+    queues: int | None = _option(
+        None,
+        "Request queues; as many as the process has cores, up to what the device has, unless given.",
+        "a number from 1 to 99999",
+        "4",
+        _count,
+    )
+    at_least: int | None = _option(
+        None,
+        "Be content with so many request queues where the device has fewer.",
+        "a number from 1 to 99999",
+        "1",
+        _count,
+    )
+    queue_size: int | None = _option(
+        None,
+        "Descriptors of a queue; 256 unless given, or 128 where that is refused.",
+        "a power of two from 2 to 32768",
+        "128",
+        _power_of_two,
+    )
+    timeout: float = _option(
+        5.0, "Seconds to wait for any answer.", "a number of seconds above 0", "2.5", _seconds
+    )
+
+    def attach(self) -> Controller:
+        """Attach it; raises what `virtio_bdev.attach` raises."""
+        return attach(**{each.name: getattr(self, each.name) for each in fields(self)})
+
+
+OPTIONS: dict[str, Option] = {
+    each.name: each.metadata["option"] for each in fields(BdevSpec) if "option" in each.metadata
+}
+"""The fields of a `BdevSpec` beside its address, in order."""
+
+
+class Line(NamedTuple):
+    """A device that a configuration file asks for, and where."""
+
+    number: int
+    spec: BdevSpec
+
+
+class Config(NamedTuple):
+    """A configuration file: its devices, and the names of the sections that are not for us."""
+
+    path: str
+    lines: list[Line]
+    ignored: list[str]
+
+
+def load(path: str) -> Config:
+    """Read a configuration file; ConfigError names the line that cannot be, OSError the file."""
+    with open(path, "rb") as file:
+        data = file.read(_MAX_FILE + 1)
+    if len(data) > _MAX_FILE:
+        raise ConfigError(f"{path}: more than {_MAX_FILE} bytes, want a configuration file")
+    return _Parser(path).parse(data)
+
+
+class _Parser:
+    """Reads one file; knows where it is, for errors to say."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._number = 0
+        self._lines: list[Line] = []
+        self._names: dict[str, int] = {}  # line numbers
+        self._addresses: dict[str, int] = {}
+
+    def parse(self, data: bytes) -> Config:
+        section = None
+        sections: dict[str, None] = {}  # in order
+        for raw in data.split(b"\n"):
+            self._number += 1
+            words = self._words(raw)
+            if not words:
+                continue
+            if words[0].startswith("["):
+                section = self._section(" ".join(words))
+                sections[section] = None
+            elif section is None:
+                self._fail(words[0], "a section first, such as [Virtio]")
+            elif _same(section, "Virtio"):
+                self._entry(words)
+        ignored = [name for name in sections if not _same(name, "Virtio")]
+        if not self._lines:
+            found = f"; it has {', '.join(f'[{name}]' for name in ignored)}" if ignored else ""
+            raise ConfigError(f"{self._path}: no device, want a [Virtio] section with Dev lines{found}")
+        return Config(self._path, self._lines, ignored)
+
+    def _words(self, raw: bytes) -> list[str]:
+        if len(raw) > _MAX_LINE:
+            self._fail(None, f"at most {_MAX_LINE} bytes in a line, not {len(raw)}")
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError as error:
+            self._fail(raw[error.start : error.start + 1], "UTF-8")
+        if bad := next((c for c in text if not c.isprintable() and c not in "\t\r"), None):
+            self._fail(bad, "printable text")
+        words: list[str] = []
+        for match in _WORD.finditer(text):
+            if match[0].startswith("#"):
+                break
+            if match[0] == '"':
+                self._fail(text[match.start() :].strip(), 'a closing "')
+            words.append(match[0].replace('"', ""))
+        return words
+
+    def _section(self, text: str) -> str:
+        if not text.endswith("]") or not text[1:-1].strip():
+            self._fail(text, "a section such as [Virtio]")
+        return text[1:-1].strip()
+
+    def _entry(self, words: list[str]) -> None:
+        if not _same(words[0], "Dev"):
+            self._fail(words[0], "Dev User PATH")
+        kind = words[1] if len(words) > 1 else ""
+        if _same(kind, "Pci"):
+            self._pci(words[2:])
+        if not _same(kind, "User"):
+            self._fail(kind or None, "User PATH or Pci after Dev")
+        if len(words) < 3 or not words[2]:
+            self._fail(None, "the path of a vhost-user socket after Dev User")
+        spec = BdevSpec(address=f"user:{words[2]}", **self._options(words[3:]))
+        self._once(spec.address, self._addresses, words[2])
+        if spec.name is not None:
+            self._once(spec.name, self._names, f"name={spec.name}")
+        self._lines.append(Line(self._number, spec))
+
+    def _pci(self, words: list[str]) -> NoReturn:
+        if words and "=" not in words[0] and words[0] not in DEV_TYPES:
+            if not _PCI_ADDRESS.fullmatch(words[0]):
+                self._fail(words[0], "a PCI address such as 0000:00:04.0")
+            words = words[1:]
+        self._options(words)
+        self._fail("Pci", "Dev User PATH: PCI devices are not supported yet")
+
+    def _options(self, words: list[str]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for word in words:
+            name, equals, text = word.partition("=")
+            if not equals and word in DEV_TYPES:
+                name, text = "dev_type", word
+            if name not in OPTIONS or not (equals or name == "dev_type"):
+                self._fail(word, f"scsi, blk, or one of {', '.join(f'{name}=' for name in OPTIONS)}")
+            if name in values:
+                self._fail(word, f"{name} only once")
+            try:
+                values[name] = OPTIONS[name].parse(text)
+            except ValueError:
+                self._fail(word, OPTIONS[name].want)
+        return values
+
+    def _once(self, value: str, seen: dict[str, int], word: str) -> None:
+        if value in seen:
+            self._fail(word, f"each only once: it is in line {seen[value]} already")
+        seen[value] = self._number
+
+    def _fail(self, word: object, want: str) -> NoReturn:
+        found = "" if word is None else f"{word!r}: "
+        raise ConfigError(f"{self._path}:{self._number}: {found}want {want}")
+
+
+def _same(word: str, keyword: str) -> bool:
+    return word.lower() == keyword.lower()
+
+
+def options_table() -> str:
+    """The options of a Dev line, as a Markdown table for docs/config.md."""
+    rows = ["| word | what it is | what may be written |", "| --- | --- | --- |"]
+    for name, option in OPTIONS.items():
+        words = option.words.removesuffix(".")
+        rows.append(f"| `{name}={option.example}` | {words} | {option.want} |")
+    return "\n".join(rows) + "\n"
