@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 log = logging.getLogger("virtio.control")
 
+_JOIN_S = 1.0
+
 Callback = Callable[[int], None]  # called with the epoll events
 
 
@@ -31,7 +33,7 @@ class _Loop:
         """Let the thread end, and wait for that unless this is it."""
         os.eventfd_write(self._wake, 1)
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(_JOIN_S)  # at the end of the interpreter it never comes
 
     def close(self) -> None:
         self.epoll.close()

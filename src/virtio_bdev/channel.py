@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 Wait = Literal["adaptive", "poll", "event"]
 
+_OFFSETS = ("Q", "q", "L", "l")  # formats of 64-bit integers; a negative one is past any end
 _SPIN_NS = {"adaptive": 50_000, "poll": 1 << 62, "event": 0}
 _BOUNCE_BYTES = 8 << 20  # of the pool, for one call
 _ZERO_BYTES = 256 << 10  # of zeros, where the device cannot write zeroes itself
@@ -90,6 +91,7 @@ class Channel:
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """The bytes of the disk from `offset` on."""
+        self._check(offset, nbytes)
         data = bytearray(nbytes)
         self.readinto(offset, data)
         return bytes(data)
@@ -187,10 +189,10 @@ class Channel:
         write: bool,
     ) -> Batch:
         where = memoryview(offsets)
-        if where.itemsize != 8 or where.ndim != 1 or not where.c_contiguous:
+        if where.format.lstrip("@=<") not in _OFFSETS or where.itemsize != 8 or not where.c_contiguous:
             raise RequestError(
-                f"offsets of {where.itemsize} bytes in {where.ndim} dimensions: want contiguous "
-                'unsigned 64-bit integers, such as array("Q")'
+                f"offsets of format {where.format!r} and {where.itemsize} bytes: want contiguous 64-bit "
+                'integers, such as array("Q")'
             )
         view = _bytes_of(user, writable=not write)
         self._check(0, nbytes, write=write)

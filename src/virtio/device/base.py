@@ -25,6 +25,7 @@ QUEUE_SIZE = 256
 SMALL_QUEUE_SIZE = 128  # where the usual size is refused
 POOL_BYTES = 64 << 20  # what is not touched costs nothing; SPDK's target fails with small regions
 MAX_TRANSFER = 1 << 20  # bytes a request: more gains nothing and makes buffers scarce
+_MAX_RINGS = 256  # that vhost-user has numbers for
 _DIRECT_TRANSFER = 64 << 10  # the same where each segment costs a descriptor of the ring
 
 
@@ -100,6 +101,7 @@ class Device(ABC):
         available = self.num_queues
         if self.transport.max_queues is not None:
             available = min(available, self.transport.max_queues - self.FIXED_QUEUES)
+        available = min(available, _MAX_RINGS - self.FIXED_QUEUES)
         wanted = min(available, len(os.sched_getaffinity(0))) if queues is None else queues
         least = wanted if at_least is None else min(at_least, wanted)
         if available < max(1, least):

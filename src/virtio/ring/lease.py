@@ -17,6 +17,7 @@ from virtio.errors import (
     ProtocolError,
     RequestError,
     RequestTimeout,
+    TransportError,
     VirtioError,
 )
 from virtio.ring.requests import (
@@ -161,6 +162,7 @@ class Lease:
         """
         for buffer in task.buffers:
             buffer.check()
+        self.queue.check(task)
         self._reclaim()
         if self.queue.orphans and task.template.direction != FROM_DEVICE:
             self._settle(deadline)
@@ -218,6 +220,9 @@ class Lease:
                 if fd == self.completion_fd:
                     self._drain()
         self.queue.disarm()
+        if self.queue.kick_failure:
+            code = self.queue.kick_failure
+            self.life.end(TransportError(code, f"cannot kick the device: {os.strerror(code)}"))
         self.life.check()
 
     @contextlib.contextmanager

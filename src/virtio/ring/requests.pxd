@@ -34,7 +34,7 @@ cdef int _NEXT, _WRITE, _INDIRECT, _NOTHING, _RING_BROKEN, _FULL, _MISFIT
 cdef int32_t _EINPROGRESS
 cdef size_t _RECORD, _STATE, _KEY, _LENGTH, _OFF, _DATA, _TOKEN, _RESULT, _TIME, _PATCH
 cdef uint32_t _FREE, _TASK, _SINGLE, _ORPHAN, _ENDED
-cdef uint32_t _CLOCK_EVERY
+cdef uint32_t _CLOCK_EVERY, _ROUNDS
 
 
 @cython.locals(i=int64_t, offset=uint64_t)
@@ -55,6 +55,7 @@ cdef class Task:
     cdef readonly Template template
     cdef readonly Load load
     cdef readonly object buffers, status
+    cdef readonly object data_end
     cdef readonly uint64_t item_bytes, part_bytes, parts, total, started, finished, active
     cdef object _offsets_view, _user_view, _left_array, _cell_array
     cdef dict _failed

@@ -81,6 +81,7 @@ _FREE, _TASK, _SINGLE, _ORPHAN, _ENDED = 0, 1, 2, 3, 4
 
 _PATCH = 10  # a packed patch: source, offset, width, big-endian, shift; 16 bits each
 _CLOCK_EVERY = 64  # spins between two looks at the clock
+_ROUNDS = 8  # rounds that moved something: each may copy megabytes
 
 _keys = itertools.count(1)
 
@@ -174,6 +175,8 @@ class Task:
         load: Load | None = None,
     ) -> None:
         items = len(offsets)
+        if mode == BOUNCED and user is None:
+            raise ValueError("a task with bounce cells and nothing to copy from or to")
         if offsets.itemsize != 8 or not offsets.contiguous:
             raise RequestError("offsets must be contiguous unsigned 64-bit integers")
         if item_bytes <= 0 or part_bytes <= 0 or (mode >= BOUNCED and cells <= 0):
@@ -190,6 +193,8 @@ class Task:
         self.total = items * self.parts if load is None else load.requests
         self.started = self.finished = self.active = 0
         self.status = array("i", [-_EINPROGRESS]) * items
+        moved = {IN_PLACE: items * item_bytes, CONSTANT: part_bytes, BOUNCED: cells * part_bytes}
+        self.data_end = 0 if template.direction == NO_DATA else base + moved[mode]
         self._failed: dict[int, int] = {}
         self._mode, self._base, self._depth = mode, base, depth
         self._offsets_view, self._user_view = offsets, user
@@ -367,6 +372,10 @@ class RequestQueue:
 
         `data` is where in the region its data is; `token` comes back from `poll`.
         """
+        if self._free_count == 0:
+            return False
+        if template.direction != NO_DATA:
+            self._check_data(data + nbytes)
         slot = self._start(template, offset, nbytes, data, token, _SINGLE)
         if slot == _MISFIT:
             raise RequestError(
@@ -391,7 +400,20 @@ class RequestQueue:
             finished.append(self._take(slot))
         return finished
 
+    def _check_data(self, end: int) -> None:
+        if end > len(self._region_view):
+            raise RequestError(f"data up to {end:#x} of a region of {len(self._region_view):#x}")
+
     # Many at once.
+
+    def check(self, task: Task) -> None:
+        """Raise RequestError unless all data of the task is in the region; before its first run."""
+        self._check_data(task.data_end)
+
+    @property
+    def kick_failure(self) -> int:
+        """The errno of a doorbell that could not be rung, or 0."""
+        return self._doorbell.failure
 
     def run(self, task: Task, slice_ns: int, spin_ns: int) -> int:
         """Submit and complete a task's parts; says why it came back, at the latest after a slice.
@@ -452,10 +474,10 @@ class RequestQueue:
             if load_acquire_u32(self._stop, 0):
                 return _LOST
             filled = self._fill(task)
+            if self.ring.publish():
+                self._doorbell.ring()
             if filled < 0:
                 return _UNFIT
-            if filled and self.ring.publish():
-                self._doorbell.ring()
             got = self._collect(task)
             if got < 0:
                 return _BROKEN
@@ -466,7 +488,7 @@ class RequestQueue:
             if filled or got:
                 spins = 0
                 rounds += 1
-                if rounds % _CLOCK_EVERY == 0 and now_ns() - begun > slice_ns:
+                if rounds % _ROUNDS == 0 and now_ns() - begun > slice_ns:
                     return _TICK
                 continue
             if spins == 0:

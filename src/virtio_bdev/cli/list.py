@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import click
 
-from virtio_bdev import Controller
+from virtio_bdev import Bdev, Controller
 from virtio_bdev.bdev import human
 from virtio_bdev.cli.options import controller_options
 
@@ -21,23 +22,26 @@ def command(controller: Controller, as_json: bool, **_: Any) -> None:
     if as_json:
         json.dump([bdev.describe() for bdev in controller.values()], sys.stdout, indent=2)
         print()
-        return
-    rows = [("NAME", "SIZE", "BLOCK", "BLOCKS", "MODE", "SERIAL", "PRODUCT")]
-    for bdev in controller.values():
-        mode = "ro" if bdev.read_only else "rw"
-        size = human(bdev.size)
-        rows.append(
-            (
-                bdev.name,
-                size,
-                str(bdev.block_size),
-                str(bdev.blocks),
-                mode,
-                bdev.disk.serial or "-",
-                bdev.disk.product,
-            )
-        )
+    else:
+        print_table(controller.values())
+
+
+def print_table(bdevs: Iterable[Bdev]) -> None:
+    """One line a disk, below a headline."""
+    rows = [["NAME", "SIZE", "BLOCK", "BLOCKS", "MODE", "SERIAL", "PRODUCT"], *map(_row, bdevs)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         print("  ".join(cells).rstrip())
+
+
+def _row(bdev: Bdev) -> list[str]:
+    return [
+        bdev.name,
+        human(bdev.size),
+        str(bdev.block_size),
+        str(bdev.blocks),
+        "ro" if bdev.read_only else "rw",
+        bdev.disk.serial or "-",
+        bdev.disk.product,
+    ]

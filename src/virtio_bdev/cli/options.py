@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
 
-from virtio_bdev import Bdev, Controller, attach
+from virtio_bdev import Bdev, Controller
+from virtio_bdev.cli.trace import verbose_option
+from virtio_bdev.config import DEV_TYPES, OPTIONS, BdevSpec, Option
 
 CHUNK = 8 << 20  # bytes that `read` and `write` move at a time: eight requests of 1 MiB
 
-_UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
+_UNITS = ["", "k", "m", "g", "t"]
 
 
 class Size(click.ParamType):
@@ -25,40 +28,70 @@ class Size(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        text = str(value).lower()
-        digits = text.rstrip("kmgtib")
-        unit = text[len(digits) :].removesuffix("ib").removesuffix("b")
-        if not digits.isdecimal() or unit not in _UNITS:
+        match = re.fullmatch(r"([0-9]{1,20})([kmgt]?)(?:i?b)?", str(value).lower())
+        if match is None:
             self.fail(f"{value!r} is not a size, such as 4096, 4k, 64M or 2GiB", param, ctx)
-        return int(digits) << _UNITS[unit]
+        return int(match[1]) << 10 * _UNITS.index(match[2])
 
 
 SIZE = Size()
 
 
-def controller_options(command: Callable[..., None]) -> Callable[..., None]:
-    """ADDRESS and how to attach it; the command gets the attached Controller."""
+class Address(click.ParamType):
+    """Where a device is: user:PATH."""
 
-    @click.argument("address")
-    @click.option(
-        "--dev-type",
-        type=click.Choice(["scsi", "blk"]),
-        default="scsi",
-        show_default=True,
-        help="What kind of device it is.",
-    )
-    @click.option("--queues", type=click.IntRange(1), help="Request queues; as many as cores.")
-    @click.option(
-        "--timeout",
-        type=click.FloatRange(0, min_open=True),
-        default=5.0,
-        show_default=True,
-        help="Seconds to wait for any answer.",
-    )
+    name = "address"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        kind, _, path = str(value).partition(":")
+        if kind != "user" or not path:
+            self.fail(f"{value!r}: want user:PATH, the path of a vhost-user socket", param, ctx)
+        return str(value)
+
+
+class _Field(click.ParamType):
+    """A field of a BdevSpec, as a configuration file has it too."""
+
+    def __init__(self, name: str, option: Option) -> None:
+        self.name = name
+        self.option = option
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self.option.parse(str(value))
+        except ValueError:
+            self.fail(f"{value!r}: want {self.option.want}", param, ctx)
+
+
+def device_options(command: Callable[..., None]) -> Callable[..., None]:
+    """ADDRESS and how to attach it; the command gets a BdevSpec, `spec`."""
+
     @functools.wraps(command)
-    def wrapper(address: str, dev_type: Any, queues: int | None, timeout: float, **rest: Any) -> None:
-        with attach(address, dev_type=dev_type, queues=queues, timeout=timeout) as controller:
-            command(controller=controller, timeout=timeout, **rest)
+    def wrapper(**rest: Any) -> None:
+        fields = {name: rest.pop(name) for name in ["address", *OPTIONS]}
+        command(spec=BdevSpec(**fields), **rest)
+
+    defaults = BdevSpec(address="")
+    decorated: Callable[..., None] = verbose_option(wrapper)
+    for name, option in reversed(OPTIONS.items()):
+        decorated = click.option(
+            f"--{name.replace('_', '-')}",
+            type=click.Choice(DEV_TYPES) if name == "dev_type" else _Field(name, option),
+            default=getattr(defaults, name),
+            show_default=True,
+            help=option.words,
+        )(decorated)
+    return click.argument("address", type=Address())(decorated)
+
+
+def controller_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The same for a command that gets the attached `controller`, and the `timeout`."""
+
+    @device_options
+    @functools.wraps(command)
+    def wrapper(spec: BdevSpec, **rest: Any) -> None:
+        with spec.attach() as controller:
+            command(controller=controller, timeout=spec.timeout, **rest)
 
     return wrapper
 
@@ -75,6 +108,17 @@ def choose(controller: Controller, name: str | None) -> Bdev:
             f"{controller.address} has {len(controller)} disks: name one with --bdev ({names})"
         )
     return next(iter(controller.values()))
+
+
+@contextlib.contextmanager
+def file_errors(path: str) -> Iterator[None]:
+    """Let what goes wrong with a file name it; a pipe that nobody reads is for `main`."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise click.ClickException(f"{path}: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
