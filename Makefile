@@ -11,7 +11,7 @@ PYTEST      = $(VENV)/bin/python -m pytest
 INTERPRETED = VIRTIO_INTERPRETED=1 PYTHONPATH=$(CURDIR)/src
 SANITIZED   = PYTHONMALLOC=malloc LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) \
               ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
-SOURCES     = setup.py $(shell find src -name __pycache__ -prune -o -print)# folders too: files can go
+SOURCES     = setup.py $(shell find src/virtio* -name __pycache__ -prune -o -print)# folders too: files can go
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:

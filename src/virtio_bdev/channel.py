@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import warnings
 from array import array
 from typing import TYPE_CHECKING, Literal
@@ -20,6 +21,7 @@ from virtio.ring.requests import (
     BOUNCED,
     CONSTANT,
     IN_PLACE,
+    LOADED,
     Task,
     Template,
     first_bad_offset,
@@ -28,6 +30,7 @@ from virtio.ring.requests import (
 if TYPE_CHECKING:
     from typing_extensions import Buffer as BufferProtocol
 
+    from virtio.ring.load import Load
     from virtio_bdev.bdev import Bdev
 
 Wait = Literal["adaptive", "poll", "event"]
@@ -106,8 +109,9 @@ class Channel:
         """Write bytes at `offset`; with `fua` they are durable when the call returns."""
         view = _bytes_of(data)
         self._check(offset, view.nbytes, write=True)
-        self._transfer(self._disk.write, _one(offset), view.nbytes, data, view)
-        if fua:
+        template = self._disk.write_fua if fua else None
+        self._transfer(template or self._disk.write, _one(offset), view.nbytes, data, view)
+        if fua and template is None:
             self.flush()
 
     def unmap(self, offset: int, nbytes: int) -> None:
@@ -121,19 +125,35 @@ class Channel:
         """Make these bytes zero; with `unmap` the disk may give the space back, if it can."""
         self._check(offset, nbytes, write=True)
         template = self._disk.write_zeroes_unmap if unmap else self._disk.write_zeroes
-        if template is not None:
-            self._command(template, offset, nbytes, self._disk.limits.max_write_zeroes)
-        elif nbytes:
-            part = min(self._disk.limits.max_transfer, _ZERO_BYTES, nbytes)
-            part -= part % self.bdev.block_size
-            with self._controller.buffer(part) as zeros:
-                zeros.view()[:] = bytes(part)
+        if template is None or not self._zeroes_by_device(template, offset, nbytes):
+            part = min(self._disk.limits.max_transfer, _ZERO_BYTES)
+            self._zeroes(self._disk.write, offset, nbytes, part, part)
+
+    def _zeroes_by_device(self, template: Template, offset: int, nbytes: int) -> bool:
+        """False if the device turns out not to know the request."""
+        limit = self._disk.limits.max_write_zeroes
+        try:
+            if template.data_bytes:
+                self._zeroes(template, offset, nbytes, limit, template.data_bytes)
+            else:
+                self._command(template, offset, nbytes, limit)
+        except DeviceError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            return False
+        return True
+
+    def _zeroes(self, template: Template, offset: int, nbytes: int, part: int, size: int) -> None:
+        """Requests whose data is always the same `size` zeros."""
+        if nbytes:
+            with self._controller.buffer(size) as zeros:
+                zeros.view()[:] = bytes(size)
                 self._run(
                     Task(
-                        self._disk.write,
+                        template,
                         _one(offset),
                         nbytes,
-                        part,
+                        min(part, nbytes),
                         mode=CONSTANT,
                         base=zeros.offset,
                         depth=self._disk.limits.depth,
@@ -167,6 +187,50 @@ class Channel:
     def write_batch(self, offsets: BufferProtocol, nbytes: int, data: BufferProtocol) -> Batch:
         """Write `nbytes` at each of many offsets; item `i` comes from `data[i * nbytes:]`."""
         return self._batch(self._disk.write, offsets, nbytes, data, write=True)
+
+    def apply(self, load: Load, depth: int, *, write: bool) -> None:
+        """Put a load on the disk, `depth` requests in flight, until it ends; for `bench`.
+
+        It writes random bytes. The first error of the device ends it, and is raised when all requests
+        are back; the channel's time-out is for each answer, not for the whole.
+        """
+        self._check(0, load.nbytes, write=write)
+        limits, name = self._disk.limits, self.bdev.name
+        if load.nbytes > limits.max_transfer:
+            raise RequestError(
+                f"requests of {load.nbytes} bytes: {name} takes at most {limits.max_transfer} in one"
+            )
+        most = min(limits.depth, self._lease.queue.slots)
+        if not 1 <= depth <= most:
+            raise RequestError(f"{depth} requests in flight, want 1 to {most}: {name}'s queue has no more")
+        with self._cells(load.nbytes, depth) as cells:
+            if write:
+                cells.view()[:] = os.urandom(cells.nbytes)
+            task = Task(
+                self._disk.write if write else self._disk.read,
+                memoryview(array("Q")),
+                load.nbytes,
+                load.nbytes,
+                mode=LOADED,
+                base=cells.offset,
+                cells=depth,
+                depth=depth,
+                buffers=[cells],
+                load=load,
+            )
+            seen, deadline = 0, deadline_in(self.timeout)
+
+            def watch() -> int | None:
+                nonlocal seen, deadline
+                if task.finished != seen:
+                    seen, deadline = task.finished, deadline_in(self.timeout)
+                return deadline
+
+            with self._lease as lease:
+                spin = _SPIN_NS[self.wait]
+                error = lease.execute(task, deadline, spin, self._disk.explain, watch)
+        if error is not None:
+            raise error
 
     def close(self) -> None:
         """Give the queue back if this was the thread's last channel; idempotent."""
@@ -273,6 +337,18 @@ class Channel:
                 if error.errno != errno.ENOMEM or nbytes <= part:
                     raise
                 nbytes = max(part, nbytes // 2)
+
+    def _cells(self, nbytes: int, count: int) -> Buffer:
+        try:
+            return self._controller.buffer(nbytes * count)
+        except TransportError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            free = self._controller.device.pool.free_bytes
+            raise RequestError(
+                f"{count} requests of {nbytes} bytes want {count * nbytes} bytes of memory that the device "
+                f"can reach, and {free} are free: fewer or smaller ones will do"
+            ) from None
 
     def _command(self, template: Template, offset: int, nbytes: int, part: int) -> None:
         """A request without data; nothing at all for a range of 0 bytes."""

@@ -62,12 +62,12 @@ class Option(NamedTuple):
 
     words: str  # what it means
     want: str
-    example: str
+    metavar: str
     parse: Callable[[str], Any]
 
 
-def _option(default: Any, words: str, want: str, example: str, parse: Callable[[str], Any]) -> Any:
-    return field(default=default, metadata={"option": Option(words, want, example, parse)})
+def _option(default: Any, words: str, want: str, metavar: str, parse: Callable[[str], Any]) -> Any:
+    return field(default=default, metadata={"option": Option(words, want, metavar, parse)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,38 +75,38 @@ class BdevSpec:
     """What `virtio_bdev.attach` takes."""
 
     address: str
-    dev_type: DevType = _option("scsi", "Kind of device.", "scsi or blk", "blk", _dev_type)
+    dev_type: DevType = _option("scsi", "Kind of device.", "scsi or blk", "TYPE", _dev_type)
     name: str | None = _option(
         None,
         "Name of the controller, and the beginning of its disks' names; VirtioScsi0, VirtioBlk0 and "
         "so on unless given.",
         "1 to 64 letters, digits or any of _.+:@-",
-        "Fast0",
+        "NAME",
         _name,
     )
     queues: int | None = _option(
         None,
         "Request queues; as many as the process has cores, up to what the device has, unless given.",
         "a number from 1 to 99999",
-        "4",
+        "N",
         _count,
     )
     at_least: int | None = _option(
         None,
         "Be content with so many request queues where the device has fewer.",
         "a number from 1 to 99999",
-        "1",
+        "N",
         _count,
     )
     queue_size: int | None = _option(
         None,
         "Descriptors of a queue; 256 unless given, or 128 where that is refused.",
         "a power of two from 2 to 32768",
-        "128",
+        "N",
         _power_of_two,
     )
     timeout: float = _option(
-        5.0, "Seconds to wait for any answer.", "a number of seconds above 0", "2.5", _seconds
+        5.0, "Seconds to wait for any answer.", "a number of seconds above 0", "SECONDS", _seconds
     )
 
     def attach(self) -> Controller:
@@ -257,5 +257,5 @@ def options_table() -> str:
     rows = ["| word | what it is | what may be written |", "| --- | --- | --- |"]
     for name, option in OPTIONS.items():
         words = option.words.removesuffix(".")
-        rows.append(f"| `{name}={option.example}` | {words} | {option.want} |")
+        rows.append(f"| `{name}={option.metavar}` | {words} | {option.want} |")
     return "\n".join(rows) + "\n"

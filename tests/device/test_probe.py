@@ -10,6 +10,7 @@ INQUIRY, TEST_UNIT_READY, REPORT_LUNS, MODE_SENSE_6 = 0x12, 0x00, 0xA0, 0x1A
 READ_CAPACITY_10, READ_CAPACITY_16 = 0x25, 0x9E
 
 DISK = scsi.Inquiry(vendor="QEMU", product="HARDDISK").encode()
+PAGES = {0x00: scsi.encode_supported_pages([0x00, 0x80]), 0x80: scsi.encode_serial("S1")}
 ABSENT = Reply(ResponseCode.BAD_TARGET, 0, b"", b"")
 # fixed, current | | unit attention | information 4 | length 10 | 4 | asc 29 ascq 00 | ...
 ATTENTION = Reply(0, 2, b"\x70\0\x06\0\0\0\0\x0a\0\0\0\0\x29\0\0\0\0\0", b"")
@@ -40,7 +41,7 @@ def play(conversation, answers):
 def disk(blocks=1000, block_size=512, **changed):
     """The answers of a disk, some of them changed by operation code."""
     replies = {
-        INQUIRY: lambda c: good(scsi.encode_serial("S1") if c.cdb[1] & 1 else DISK),
+        INQUIRY: lambda c: good(PAGES[c.cdb[2]] if c.cdb[1] & 1 else DISK),
         TEST_UNIT_READY: lambda c: good(),
         REPORT_LUNS: lambda c: good(scsi.encode_report_luns([scsi.encode_lun(0)])),
         READ_CAPACITY_16: lambda c: good(struct.pack(">QI20x", blocks - 1, block_size)),
@@ -59,7 +60,7 @@ def test_a_disk_is_found_with_capacity_and_serial():
     units, asked = play(probe_target(16383), disk(2048, 4096))
     (unit,) = units
     assert (unit.lun, unit.capacity.blocks, unit.capacity.block_size) == (0, 2048, 4096)
-    assert unit.wide and unit.serial == "S1" and not unit.write_protected and not unit.problem
+    assert unit.wide and unit.serial == "S1" and not unit.mode.write_protected and not unit.problem
     assert all(len(command.cdb) in (6, 10, 12, 16) for command in asked)
 
 
@@ -136,7 +137,7 @@ def test_protection_information_is_not_accepted():
 
 def test_a_write_protected_disk_says_so():
     unit, _ = play(probe_unit(0), disk(x1a=lambda c: good(scsi.ModeParameters(True).encode_6())))
-    assert unit.write_protected
+    assert unit.mode.write_protected
 
 
 def test_garbage_in_optional_answers_is_no_reason_to_lose_the_disk():

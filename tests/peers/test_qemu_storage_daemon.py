@@ -204,7 +204,7 @@ def test_a_part_is_written_from_a_pipe_and_read_to_stdout(daemon, image):
 
 @pytest.fixture
 def unflushable(serve, image):
-    return serve(*faulty_nodes(image, "event=flush_to_disk,errno=5"))
+    return serve(*faulty_nodes(image, "event=flush_to_disk,iotype=flush,errno=5"))
 
 
 def test_a_flush_that_fails_in_the_device_fails_here_and_writes_do_not(unflushable, image):
@@ -442,7 +442,7 @@ def test_a_read_only_disk_takes_no_write(read_only, image, folder):
         (32 * MIB - 512, 1024, "do not lie within"),
         (1 << 63, 512, "do not lie within"),
         (1, 512, "512 bytes at 1 are not on the 512-byte grid of VirtioBlk0"),
-        (512, 100, "100 bytes at 512 are not on the 512-byte grid"),
+        (512, 100, "100 bytes at .* are not on the 512-byte grid"),
     ],
 )
 def test_what_lies_past_the_end_or_off_the_grid_is_refused(channel, daemon, image, offset, nbytes, words):
@@ -483,11 +483,16 @@ def test_the_program_refuses_them_in_one_line(daemon, image, folder):
 # A back end that dies.
 
 
-def noticed(moment, record_property):
-    """Call it in the `except` of what a dead back end interrupted."""
-    took = time.monotonic() - moment
-    record_property("noticed after", f"{took * 1e3:.1f} ms")
-    assert took < PROMPTLY
+@pytest.fixture
+def noticed(record_property):
+    """Call it with when the back end was killed, and when that was noticed."""
+
+    def record(killed, end):
+        print(f"noticed {(end - killed) * 1e3:.1f} ms after the kill")
+        record_property("noticed", end - killed)
+        assert 0 < end - killed < PROMPTLY
+
+    return record
 
 
 @contextmanager
@@ -504,7 +509,7 @@ def doomed(daemon, **options):
                         call()
 
 
-def test_a_kill_amid_blocking_reads_is_noticed(serve, record_property):
+def test_a_kill_amid_blocking_reads_is_noticed(serve, noticed):
     daemon = serve(IN_MEMORY)
     under_way, moment = threading.Event(), []
     killer = threading.Thread(target=lambda: under_way.wait(10) and moment.append(daemon.kill()))
@@ -517,12 +522,11 @@ def test_a_kill_amid_blocking_reads_is_noticed(serve, record_property):
                     under_way.set()
         end = time.monotonic()
         killer.join()
-        record_property("noticed after", f"{(end - moment[0]) * 1e3:.1f} ms")
-        assert end - moment[0] < PROMPTLY
+        noticed(moment[0], end)
 
 
 @pytest.mark.parametrize("wait", ["adaptive", "poll", "event"])
-def test_a_kill_amid_a_batch_is_noticed(serve, wait, record_property):
+def test_a_kill_amid_a_batch_is_noticed(serve, wait, noticed):
     """The batch would take 100 s; its loop holds no GIL and hears of the end by a word in memory."""
     daemon = serve("driver=null-co,node-name=disk,size=1073741824,read-zeroes=on,latency-ns=5000000")
     offsets = array("Q", range(0, BLOCK * 5_000, BLOCK)) 
@@ -551,12 +555,11 @@ def test_a_kill_amid_a_batch_is_noticed(serve, wait, record_property):
                 for i, code in enumerate(status):
                     if code == 0:
                         assert not any(view[i * BLOCK : i * BLOCK + 16])
-    record_property("noticed after", f"{(end - moment[0]) * 1e3:.1f} ms")
-    assert end - moment[0] < PROMPTLY
+    noticed(moment[0], end)
 
 
 @pytest.mark.parametrize("wait", ["adaptive", "poll", "event"])
-def test_a_kill_of_one_that_hangs_ends_the_read_that_waits_for_it(serve, wait, record_property):
+def test_a_kill_of_one_that_hangs_ends_the_read_that_waits_for_it(serve, wait, noticed):
     daemon = serve(IN_MEMORY)
     with doomed(daemon, wait=wait, timeout=30) as channel:
         channel.read(0, BLOCK)
@@ -568,23 +571,21 @@ def test_a_kill_of_one_that_hangs_ends_the_read_that_waits_for_it(serve, wait, r
             channel.read(0, BLOCK)
         end = time.monotonic()
         killer.join()
-        record_property("noticed after", f"{(end - moment[0]) * 1e3:.1f} ms")
-        assert end - moment[0] < PROMPTLY
+        noticed(moment[0], end)
 
 
-def test_a_kill_is_noticed_while_nothing_is_asked(serve, record_property):
+def test_a_kill_is_noticed_while_nothing_is_asked(serve, noticed):
     daemon = serve(IN_MEMORY)
     with doomed(daemon) as channel:
         life = channel.bdev.controller.device.life
         assert channel.bdev.state == "online"
         moment = daemon.kill()
         assert readable(life.fd)
-        record_property("noticed after", f"{(time.monotonic() - moment) * 1e3:.1f} ms")
-        assert time.monotonic() - moment < PROMPTLY
+        noticed(moment, time.monotonic())
 
 
 def test_a_removed_export_is_a_lost_device(serve):
-    daemon = serve(IN_MEMORY)
+    daemon = serve(IN_MEMORY, poll_ns=None)  # with a thread for the rings, QEMU 7.2 hangs here
     with doomed(daemon) as channel:
         channel.read(0, BLOCK)
         daemon.qmp("block-export-del", {"id": "export", "mode": "hard"})
@@ -786,8 +787,7 @@ def test_the_child_of_a_fork_has_no_part_in_its_parents_device(serve, image):
     with attach(daemon) as controller, disk(controller).open(timeout=5) as channel:
         assert channel.read(0, BLOCK) == content[:BLOCK]
         ours, theirs = os.pipe()
-        daemon.qmp("query-status")  # all that was under way is done
-        before = daemon.switches()
+        before = at_rest(daemon)
         with warnings.catch_warnings(action="ignore"):  # Python 3.12 dislikes forks of programs with threads
             child = os.fork()
         if child == 0:
@@ -807,6 +807,16 @@ def test_the_child_of_a_fork_has_no_part_in_its_parents_device(serve, image):
         channel.write(0, content[BLOCK : 2 * BLOCK])
         channel.flush()
     assert bytes_at(image, 0, BLOCK) == content[BLOCK : 2 * BLOCK]
+
+
+def at_rest(daemon):
+    """What `switches` says once the daemon has gone to sleep after its last answer."""
+    deadline = time.monotonic() + 5
+    before = -1
+    while before != (now := daemon.switches()) and time.monotonic() < deadline:
+        before = now
+        time.sleep(0.05)
+    return now
 
 
 def said_by_child(channel):

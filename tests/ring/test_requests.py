@@ -538,3 +538,20 @@ def test_a_task_refuses_memory_that_is_too_small():
         Task(READ, memoryview(array("Q", [0])), 512, 512, user=memoryview(bytearray(100)))
     with pytest.raises(RequestError, match="64-bit"):
         Task(READ, memoryview(array("I", [0])), 512, 512)
+
+
+def test_data_of_a_fixed_length_does_not_follow_the_range():
+    """WRITE SAME: one block of data for any number of blocks."""
+    bench = Bench(layout=SCSI)
+    patch = Patch(NBYTES, 29, 4, big_endian=True, shift=9)
+    template = Template(bytes(51), direction=TO_DEVICE, data_bytes=512, patches=[patch])
+    zeros = bench.pool.take(512)
+    for nbytes in (1 << 20, 1 << 20, 512):
+        bench.queue.submit(template, 0, nbytes, zeros.offset, 0)
+        bench.queue.kick()
+        (head,) = bench.arrivals()
+        header, body, _ = bench.chain(head)
+        assert body == (IOVA + zeros.offset, 512, 0)
+        assert bytes(bench.at(header[0] + 29, 4)) == (nbytes >> 9).to_bytes(4, "big")
+        bench.answer(head, bytes(12))
+        assert len(bench.queue.poll()) == 1

@@ -284,21 +284,6 @@ def test_with_them_a_ring_is_served_once_it_is_enabled():
         assert front.wait(0) == [(0, 513)]
 
 
-def test_with_status_rings_wait_for_the_driver():
-    with Running() as running:
-        front = running.front
-        front.hello(extensions=fe.STATUS)
-        ring = front.ring(0)
-        front.number(fe.GET_FEATURES)
-        ring.chain([(GUEST + 0x80000, 16, 0), (GUEST + 0x90000, 513, fe.WRITE)])
-        ring.offer(0)
-        os.eventfd_write(front.kicks[0], 1)
-        with pytest.raises(TimeoutError):
-            front.wait(0, timeout=0.1)
-        front.send(fe.SET_STATUS, u64(1 | 2 | 8 | 4))  # DRIVER_OK
-        assert front.wait(0) == [(0, 513)]
-
-
 def test_a_stopped_ring_says_where_it_was_and_goes_on_from_there():
     with Running() as running:
         front = running.front

@@ -121,6 +121,7 @@ class BlkDevice(Device):
             ),
             read=_transfer(RequestType.IN, FROM_DEVICE),
             write=_transfer(RequestType.OUT, TO_DEVICE),
+            write_fua=None,
             flush=_plain(RequestType.FLUSH) if self.features & BlkFeature.FLUSH else None,
             unmap=_on_range(RequestType.DISCARD, 0) if unmap else None,
             write_zeroes=_on_range(RequestType.WRITE_ZEROES, 0) if zeroes else None,

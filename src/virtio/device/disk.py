@@ -31,8 +31,9 @@ class Disk:
 
     `size` is in bytes, a multiple of `block_size`. `place` tells it from its controller's others:
     "" for virtio-blk, "t0", "t0l3" for a unit. A template that is None is an operation it lacks;
-    `write_zeroes` leaves blocks allocated, `write_zeroes_unmap` need not. `explain` turns the bad
-    result of a request, and its offset, into an error.
+    `write_fua` is durable when it has completed, `write_zeroes` leaves blocks allocated,
+    `write_zeroes_unmap` need not; where these two have a `data_bytes`, they are given so many
+    zeros. `explain` turns the bad result of a request, and its offset, into an error.
     """
 
     place: str
@@ -44,6 +45,7 @@ class Disk:
     limits: Limits
     read: Template
     write: Template
+    write_fua: Template | None
     flush: Template | None
     unmap: Template | None
     write_zeroes: Template | None

@@ -49,8 +49,10 @@ class Unit:
     inquiry: scsi.Inquiry
     capacity: scsi.Capacity | None = None
     wide: bool = False  # takes the 16-byte commands
-    write_protected: bool = False
+    mode: scsi.ModeParameters = scsi.ModeParameters()
     serial: str = ""
+    limits: scsi.BlockLimits = scsi.BlockLimits()
+    provisioning: scsi.LogicalBlockProvisioning = scsi.LogicalBlockProvisioning()
     problem: str = ""
 
 
@@ -102,15 +104,40 @@ def probe_unit(lun: int) -> Conversation[Unit | None]:
     if problem:
         return Unit(lun, inquiry, problem=problem)
     mode = yield from _ask(lun, scsi.mode_sense_6(scsi.ALL_PAGES), 255)
-    serial = yield from _ask(lun, scsi.inquiry(scsi.Page.SERIAL_NUMBER), 255)
+    pages = yield from _ask(lun, scsi.inquiry(scsi.Page.SUPPORTED_PAGES), 255)
+    supported: list[int] = _decoded(pages, scsi.decode_supported_pages, [])
     return Unit(
         lun,
         inquiry,
         capacity,
         wide,
-        write_protected=_decoded(mode, scsi.ModeParameters.decode_6, scsi.ModeParameters()).write_protected,
-        serial=_decoded(serial, scsi.decode_serial, ""),
+        _decoded(mode, scsi.ModeParameters.decode_6, scsi.ModeParameters()),
+        (yield from _page(lun, supported, scsi.Page.SERIAL_NUMBER, scsi.decode_serial, "")),
+        (
+            yield from _page(
+                lun, supported, scsi.Page.BLOCK_LIMITS, scsi.BlockLimits.decode, scsi.BlockLimits()
+            )
+        ),
+        (
+            yield from _page(
+                lun,
+                supported,
+                scsi.Page.LOGICAL_BLOCK_PROVISIONING,
+                scsi.LogicalBlockProvisioning.decode,
+                scsi.LogicalBlockProvisioning(),
+            )
+        ),
     )
+
+
+def _page(
+    lun: int, supported: list[int], page: scsi.Page, decode: Callable[[bytes], T], otherwise: T
+) -> Conversation[T]:
+    """A page of vital product data, or what to assume of a unit that does not have it."""
+    if page not in supported:
+        return otherwise
+    reply = yield from _ask(lun, scsi.inquiry(page), 255)
+    return _decoded(reply, decode, otherwise)
 
 
 def _capacity(lun: int) -> Conversation[tuple[scsi.Capacity | None, bool, str]]:

@@ -42,6 +42,7 @@ from .probe import REPLY_BYTES, Command, Conversation, Reply, Unit, probe_target
 
 log = logging.getLogger("virtio.scsi")
 
+_UNMAP_BYTES = 24  # UNMAP's parameters for one range (SBC-3, 5.28)
 _CDB_AT = 19  # where the command begins in a request (5.6.6.1)
 _TAG = Patch(TAG, 8, 8)
 _RESULT_AT = 4  # residual, status qualifier, status and response: 0 when all is well
@@ -49,8 +50,10 @@ _UNWRITTEN = (1 << 64) - 1
 _DEVICE_BITS = 0xFFFFFF  # feature bits whose meaning the device type decides (6)
 _NOT_SCSI = _DEVICE_BITS & ~0xF  # those that virtio-scsi has no names for
 _AT_ONCE = 32  # conversations under way during discovery
+_ANY_BLOCKS = 1 << 22  # of one UNMAP or WRITE SAME, where the unit sets no limit: no long silences
 _SECTOR = 512  # the unit of max_sectors
 
+_INVALID_COMMAND = 0x20  # additional sense code of an operation that the unit does not know
 _BY_KEY = {
     SenseKey.NOT_READY: errno.ENXIO,
     SenseKey.DATA_PROTECT: errno.EROFS,
@@ -77,7 +80,7 @@ class ScsiDevice(Device):
     FIXED_QUEUES = 2  # control and event queue (5.6.2)
     LAYOUT = Layout(
         request=_CDB_AT + CDB_SIZE,
-        payload=0,
+        payload=_UNMAP_BYTES,
         response=12 + SENSE_SIZE,
         result_offset=_RESULT_AT,
         result_width=8,
@@ -177,6 +180,13 @@ class ScsiDevice(Device):
         if not wide:
             limit = min(limit, 0xFFFF * block)
         read, write = (scsi.read_16, scsi.write_16) if wide else (scsi.read_10, scsi.write_10)
+        thin = unit.capacity.lbpme and unit.provisioning.lbpu
+        max_unmap = min(unit.limits.max_unmap or _ANY_BLOCKS, _ANY_BLOCKS) if thin else 0
+        reads_zeroes = unit.capacity.lbprz or unit.provisioning.lbprz
+        same = unit.wide and (unit.limits.max_write_same or unit.provisioning.lbpws)
+        max_same = min(unit.limits.max_write_same or _ANY_BLOCKS, _ANY_BLOCKS) if same else 0
+        if unit.limits.max_transfer:
+            limit = min(limit, unit.limits.max_transfer * block)
         lba, length = _CDB_AT + 2, _CDB_AT + (10 if wide else 7)
         patches = [
             _TAG,
@@ -189,17 +199,25 @@ class ScsiDevice(Device):
             serial=unit.serial,
             size=blocks * block,
             block_size=block,
-            read_only=unit.write_protected,
+            read_only=unit.mode.write_protected,
             limits=Limits(
                 max_transfer=limit // block * block,
+                max_unmap=max_unmap * block,
+                unmap_alignment=unit.limits.unmap_granularity * block,
+                max_write_zeroes=max_same * block,
                 depth=max(1, config.cmd_per_lun // len(self.leases)),
             ),
             read=_template(target, lun, read(0, 0), FROM_DEVICE, patches),
             write=_template(target, lun, write(0, 0), TO_DEVICE, patches),
+            write_fua=_template(target, lun, write(0, 0, fua=True), TO_DEVICE, patches)
+            if unit.mode.dpofua
+            else None,
             flush=_template(target, lun, scsi.synchronize_cache_10(), NO_DATA),
-            unmap=None,
-            write_zeroes=None,
-            write_zeroes_unmap=None,
+            unmap=_unmap(target, lun, shift) if max_unmap else None,
+            write_zeroes=_write_same(target, lun, shift, False) if max_same else None,
+            write_zeroes_unmap=_write_same(target, lun, shift, unit.provisioning.lbpws and reads_zeroes)
+            if max_same
+            else None,
             explain=_explain,
         )
 
@@ -216,6 +234,36 @@ def _template(
 ) -> Template:
     header = RequestHeader(encode_lun(target, lun), 0, cdb=cdb).encode()
     return Template(header, direction=direction, patches=patches)
+
+
+def _unmap(target: int, lun: int, shift: int) -> Template:
+    """UNMAP of one range."""
+    header = RequestHeader(encode_lun(target, lun), 0, cdb=scsi.unmap(_UNMAP_BYTES)).encode()
+    first = len(header) + _UNMAP_BYTES - 16  # block, number of blocks, four reserved bytes
+    return Template(
+        header,
+        payload=scsi.unmap_parameters([(0, 0)]),
+        patches=[
+            _TAG,
+            Patch(OFFSET, first, 8, big_endian=True, shift=shift),
+            Patch(NBYTES, first + 8, 4, big_endian=True, shift=shift),
+        ],
+    )
+
+
+def _write_same(target: int, lun: int, shift: int, unmap: bool) -> Template:
+    """WRITE SAME(16) of one block of zeros, which the caller provides."""
+    cdb = scsi.write_same_16(0, 0, unmap=unmap)
+    return Template(
+        RequestHeader(encode_lun(target, lun), 0, cdb=cdb).encode(),
+        direction=TO_DEVICE,
+        data_bytes=1 << shift,
+        patches=[
+            _TAG,
+            Patch(OFFSET, _CDB_AT + 2, 8, big_endian=True, shift=shift),
+            Patch(NBYTES, _CDB_AT + 10, 4, big_endian=True, shift=shift),
+        ],
+    )
 
 
 def _reply(finished: Finished, buffer: Buffer, place: int, nbytes: int) -> Reply:
@@ -244,8 +292,9 @@ def _explain(finished: Finished, offset: int) -> DeviceError:
         )
     if response.status == scsi.Status.CHECK_CONDITION:
         sense = Sense.decode(response.sense)
+        code = _BY_KEY.get(sense.key, errno.EIO)
         return DeviceError(
-            _BY_KEY.get(sense.key, errno.EIO),
+            errno.EOPNOTSUPP if sense.asc == _INVALID_COMMAND else code,
             sense.describe(),
             offset=offset,
             status=response.status,

@@ -152,13 +152,15 @@ class Lease:
         deadline: int | None,
         spin_ns: int,
         explain: Callable[[Finished, int], DeviceError],
+        watch: Callable[[], int | None] | None = None,
     ) -> DeviceError | None:
         """Run a task to its end; the error of its first failed part by position, or None.
 
         To be called inside `with lease`. `explain` turns a bad result, and where on the disk it
         was, into an error. On a time-out, a lost device or Ctrl-C the requests in flight become
         orphans: they keep their slots and the task's buffers until the device returns them, and
-        nothing is written by this queue before that.
+        nothing is written by this queue before that. `watch`, if given, is called some fifty times a
+        second, and says what the deadline is from then on.
         """
         for buffer in task.buffers:
             buffer.check()
@@ -169,7 +171,7 @@ class Lease:
         for buffer in task.buffers:
             buffer.hold()
         try:
-            return self._drive(task, deadline, spin_ns, explain)
+            return self._drive(task, deadline, spin_ns, explain, watch)
         finally:
             self._let_go(task.buffers, task if task.active else None)
 
@@ -188,6 +190,7 @@ class Lease:
         deadline: int | None,
         spin_ns: int,
         explain: Callable[[Finished, int], DeviceError],
+        watch: Callable[[], int | None] | None,
     ) -> DeviceError | None:
         first, error = task.total, None
         while True:
@@ -208,7 +211,9 @@ class Lease:
             elif reason in (BROKEN, LOST):
                 self._raise_broken()
             else:
-                self._check_deadline(deadline, task.total - task.finished)
+                if watch is not None:
+                    deadline = watch()
+                self._check_deadline(deadline, self.queue.in_flight)
                 if reason == IDLE:
                     self.sleep(deadline)
 

@@ -44,6 +44,7 @@ cdef int64_t _first_bad(Mem offsets, int64_t count, uint64_t last, uint64_t grid
 @cython.final
 cdef class Template:
     cdef readonly uint32_t key, request_bytes, payload_bytes
+    cdef readonly uint64_t data_bytes
     cdef readonly int direction
     cdef object _bytes, _patches
     cdef Mem _mem, _patch
@@ -96,7 +97,7 @@ cdef class RequestQueue:
     cdef int _fill(self, Task task) noexcept nogil
     @cython.locals(room=uint64_t, part=uint64_t, data=uint64_t, slot=int)
     cdef int _fill_load(self, Task task) noexcept nogil
-    @cython.locals(slot=uint32_t, record=size_t, base=size_t, same=bint, i=int, patch=size_t,
+    @cython.locals(moved=uint64_t, slot=uint32_t, record=size_t, base=size_t, same=bint, i=int, patch=size_t,
                    source=int, value=uint64_t)
     cdef int _start(self, Template template, uint64_t offset, uint64_t nbytes, uint64_t data,
                     uint64_t token, uint32_t state) noexcept nogil

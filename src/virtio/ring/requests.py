@@ -121,7 +121,10 @@ class Finished(NamedTuple):
 
 
 class Template:
-    """One operation: header bytes, an inline payload that follows them, patches, direction."""
+    """One operation: header bytes, an inline payload that follows them, patches, direction.
+
+    The data is as long as the range it is for, unless `data_bytes` says how long it always is.
+    """
 
     def __init__(
         self,
@@ -129,6 +132,7 @@ class Template:
         *,
         payload: bytes = b"",
         direction: int = NO_DATA,
+        data_bytes: int = 0,
         patches: Sequence[Patch] = (),
     ) -> None:
         if payload and direction != NO_DATA:
@@ -138,6 +142,7 @@ class Template:
                 raise ValueError(f"{patch} is outside of {len(request) + len(payload)} bytes")
         self.key = next(_keys) & 0xFFFFFFFF
         self.direction = direction
+        self.data_bytes = data_bytes
         self.request_bytes = len(request)
         self.payload_bytes = len(payload)
         self._bytes = bytes(request + payload)
@@ -193,8 +198,9 @@ class Task:
         self.total = items * self.parts if load is None else load.requests
         self.started = self.finished = self.active = 0
         self.status = array("i", [-_EINPROGRESS]) * items
-        moved = {IN_PLACE: items * item_bytes, CONSTANT: part_bytes, BOUNCED: cells * part_bytes}
-        self.data_end = 0 if template.direction == NO_DATA else base + moved[mode]
+        one = template.data_bytes or part_bytes
+        moved = {IN_PLACE: items * item_bytes, CONSTANT: one}.get(mode, cells * part_bytes)
+        self.data_end = 0 if template.direction == NO_DATA else base + moved
         self._failed: dict[int, int] = {}
         self._mode, self._base, self._depth = mode, base, depth
         self._offsets_view, self._user_view = offsets, user
@@ -564,15 +570,16 @@ class RequestQueue:
         slot = load_u16(self._free, 2 * (self._free_count - 1))
         record = _RECORD * slot
         base = self._slots_at + self._stride * slot
+        moved = template.data_bytes if template.data_bytes else nbytes
         same = (
             load_u32(self._records, record + _KEY) == template.key
             and load_u64(self._records, record + _LENGTH) == nbytes
         )
         if same and template.direction != _NO_DATA:
-            same = self._segment(data, nbytes) == nbytes
+            same = self._segment(data, moved) == moved
             if same:
                 self._move_data(slot, base, template, data)
-        if not same and self._lay_out(slot, base, template, data, nbytes) < 0:
+        if not same and self._lay_out(slot, base, template, data, moved) < 0:
             store_u32(self._records, record + _KEY, 0)
             return _MISFIT
         self._free_count -= 1

@@ -34,7 +34,7 @@ from virtio.wire.vhost_user import (
     encode_u64,
     expected_ack,
 )
-from virtio.wire.virtio import Feature, Status
+from virtio.wire.virtio import Feature
 
 FEATURES = Feature.VERSION_1 | Feature.INDIRECT_DESC | Feature.EVENT_IDX | PROTOCOL_FEATURES
 EXTENSIONS = (
@@ -259,10 +259,11 @@ class Session:
         vring.call = fd
 
     def _choose(self) -> None:
-        """A ring is served if started and enabled, and the driver is ready or does not say so."""
-        waits = self._acked_extensions & ProtocolFeature.STATUS
-        ready = self._status & Status.DRIVER_OK or not waits
-        self._live = [(v, v.ring) for v in self._vrings if ready and v.enabled and v.ring]
+        """A ring is served if it is started and enabled.
+
+        The status does not count: QEMU 7.2 never sends DRIVER_OK to a SCSI device.
+        """
+        self._live = [(v, v.ring) for v in self._vrings if v.enabled and v.ring is not None]
 
     def _attach(self, vring: _Vring) -> None:
         if vring.ring is None or vring.addresses is None:
@@ -333,7 +334,6 @@ class Session:
         if extensions & ~self._extensions:
             raise ProtocolError(f"protocol features {extensions:#x}, offered were {self._extensions:#x}")
         self._acked_extensions = extensions
-        self._choose()
 
     def _set_mem_table(self, payload: bytes, fds: list[int]) -> None:
         self._memory.replace(MemoryTable.decode(payload).regions, fds)
@@ -433,7 +433,6 @@ class Session:
         self._status = decode_u64(payload) & 0xFF
         if self._status == 0:
             self._reset_device(b"", fds)
-        self._choose()
 
     def _reset_device(self, payload: bytes, fds: list[int]) -> None:
         self._status = 0

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import sys
+from typing import Any
 
 import click
 
 from virtio.errors import VirtioError
+from virtio_bdev.cli.trace import set_up, verbose_option, words
 
 _COMMANDS = {
     "list": "List the disks behind an address.",
     "read": "Copy a disk, or a part of it, to a file.",
     "write": "Copy a file to a disk.",
+    "run": "Hold the devices of a configuration file.",
+    "bench": "Measure a disk: requests a second, and how long each takes.",
     "target": "Serve disks on a vhost-user socket.",
     "demo": "See it work: disks served, listed, written and verified.",
+    "completion": "Print the completion script of a shell.",
 }
 
 
@@ -37,42 +41,44 @@ class _Commands(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(_COMMANDS.items()))
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Errors as one line. Here, since click takes any EPIPE for that of our own output."""
+        try:
+            return super().invoke(ctx)
+        except VirtioError as error:
+            raise click.ClickException(words(error)) from error
+        except MemoryError as error:
+            raise click.ClickException("out of memory") from error
+
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="virtio-bdev")
-@click.option("-v", "--verbose", is_flag=True, help="Show every vhost-user message on stderr.")
-def cli(verbose: bool) -> None:
+@verbose_option
+def cli() -> None:
     """Drive virtio-scsi and virtio-blk devices from user space.
 
-    ADDRESS is user:PATH, the vhost-user socket of a back end.
-    """
-    if verbose:
-        import logging
+    ADDRESS is user:PATH, the vhost-user socket of a back end, such as user:/tmp/vhost.0.
 
-        logging.basicConfig(level=logging.DEBUG, format="%(message)s")
+    The exit status is 0 for success, 1 for an error, 2 for wrong usage and 130 after Ctrl-C.
+    """
 
 
 def main() -> None:
-    """Run the program; its exit status is 0, 1 for an error, 2 for usage, 130 for Ctrl-C."""
+    """Run the program and exit with its status."""
+    set_up(0)
     try:
-        cli.main(standalone_mode=False)
-    except click.ClickException as error:
+        cli.main(prog_name="virtio-bdev", standalone_mode=False)
+        sys.stdout.flush()
+    except click.UsageError as error:
         error.show()
         sys.exit(error.exit_code)
+    except click.ClickException as error:
+        sys.exit(f"virtio-bdev: {error.format_message()}")
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except BrokenPipeError:
         # Who read our output has left; let nothing more be said when the stream is flushed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except VirtioError as error:
-        sys.exit(f"virtio-bdev: {_words(error)}")
     except OSError as error:
-        sys.exit(f"virtio-bdev: {error.filename or 'i/o'}: {error.strerror or error}")
-
-
-def _words(error: VirtioError) -> str:
-    if type(error).__str__ is OSError.__str__ and isinstance(error, OSError) and error.strerror:
-        name = errno.errorcode.get(error.errno or 0)
-        return error.strerror + (f" [{name}]" if name else "")
-    return str(error)
+        sys.exit(f"virtio-bdev: {error.filename or 'standard output'}: {error.strerror or error}")

@@ -20,7 +20,7 @@ CHUNK = 8 << 20  # bytes that `read` and `write` move at a time: eight requests 
 _UNITS = ["", "k", "m", "g", "t"]
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[Any]):
     """A number of bytes: 4096, 4k, 64M, 2GiB."""
 
     name = "size"
@@ -37,7 +37,7 @@ class Size(click.ParamType):
 SIZE = Size()
 
 
-class Address(click.ParamType):
+class Address(click.ParamType[Any]):
     """Where a device is: user:PATH."""
 
     name = "address"
@@ -49,7 +49,7 @@ class Address(click.ParamType):
         return str(value)
 
 
-class _Field(click.ParamType):
+class _Field(click.ParamType[Any]):
     """A field of a BdevSpec, as a configuration file has it too."""
 
     def __init__(self, name: str, option: Option) -> None:
@@ -79,6 +79,7 @@ def device_options(command: Callable[..., None]) -> Callable[..., None]:
             type=click.Choice(DEV_TYPES) if name == "dev_type" else _Field(name, option),
             default=getattr(defaults, name),
             show_default=True,
+            metavar=None if name == "dev_type" else option.metavar,
             help=option.words,
         )(decorated)
     return click.argument("address", type=Address())(decorated)
@@ -108,17 +109,6 @@ def choose(controller: Controller, name: str | None) -> Bdev:
             f"{controller.address} has {len(controller)} disks: name one with --bdev ({names})"
         )
     return next(iter(controller.values()))
-
-
-@contextlib.contextmanager
-def file_errors(path: str) -> Iterator[None]:
-    """Let what goes wrong with a file name it; a pipe that nobody reads is for `main`."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise click.ClickException(f"{path}: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager

@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 import os
-import stat
-import sys
-from typing import BinaryIO
 
 import click
 
-from virtio_bdev.cli.options import CHUNK, SIZE, choose, device_options, file_errors, progress
+from virtio_bdev.cli.files import opened
+from virtio_bdev.cli.options import CHUNK, SIZE, choose, device_options, progress
 from virtio_bdev.config import BdevSpec
 
 
 @click.command()
 @device_options
-@click.option("--bdev", "name", help="The disk, where there are several.")
-@click.option("--offset", type=SIZE, default=0, help="Byte to begin at; 4k, 1M, 2GiB will do.")
-@click.option("--length", type=SIZE, help="Bytes to read; to the end unless given.")
-@click.option("-o", "--output", type=click.Path(), default="-", help="File to write; stdout unless given.")
-def command(spec: BdevSpec, name: str | None, offset: int, length: int | None, output: str) -> None:
+@click.option("--bdev", "disk", metavar="NAME", help="Name of the disk, where there are several.")
+@click.option("--offset", type=SIZE, default=0, help="Byte to begin at: 4096, 4k, 1M, 2GiB.")
+@click.option("--length", type=SIZE, help="Bytes to read; to the end of the disk unless given.")
+@click.option("-o", "--output", metavar="FILE", help="File to write; - for stdout, the default.")
+def command(spec: BdevSpec, disk: str | None, offset: int, length: int | None, output: str | None) -> None:
     """Copy a disk behind ADDRESS, or a part of it, to a file."""
+    if output is None and os.isatty(1):
+        raise click.UsageError("standard output is a terminal: name a file with -o, or pipe it into xxd")
     with spec.attach() as controller:
-        bdev = choose(controller, name)
+        bdev = choose(controller, disk)
         left = max(0, bdev.size - offset) if length is None else length
         bdev.check(offset, left)
         with (
-            file_errors(output),
-            _open(output) as file,
+            opened(output or "-", write=True) as file,
+            bdev.open(timeout=spec.timeout) as channel,
+            controller.buffer(CHUNK) as buffer,
+            progress(f"reading {bdev.name}", left) as advance,
         ):
-            ...
-
-
-def _open(path: str) -> BinaryIO:
-    return sys.stdout.buffer if path == "-" else open(path, "wb", buffering=0)
+            while left:
+                chunk = buffer.view()[: min(left, CHUNK)]
+                channel.readinto(offset, chunk)
+                file.write(chunk)
+                offset, left = offset + len(chunk), left - len(chunk)
+                advance(len(chunk))

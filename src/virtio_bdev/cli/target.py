@@ -5,11 +5,18 @@ from __future__ import annotations
 import click
 
 from virtio import target
+from virtio_bdev.config import DEV_TYPES
 
 
 @click.command()
-@click.argument("socket", type=click.Path())
-@click.option("--dev-type", type=click.Choice(["scsi", "blk"]), default="scsi", show_default=True)
+@click.argument("socket")
+@click.option(
+    "--dev-type",
+    type=click.Choice(DEV_TYPES),
+    default="scsi",
+    show_default=True,
+    help="Kind of device; blk has one disk.",
+)
 @click.option(
     "--disk",
     "disks",
@@ -19,7 +26,7 @@ from virtio import target
     help="ram:64M or file:PATH[,ro]; for scsi perhaps TARGET:LUN=SPEC. Several disks become SCSI "
     "targets 0, 1, ...",
 )
-@click.option("--queues", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--queues", type=click.IntRange(1), default=4, show_default=True, help="Request queues.")
 def command(socket: str, dev_type: str, disks: tuple[str, ...], queues: int) -> None:
     """Serve disks on the vhost-user socket SOCKET, to one front end after another.
 

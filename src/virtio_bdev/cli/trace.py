@@ -1,12 +1,15 @@
-"""What the library says while it works, on stderr: warnings always, the rest with -v and -vv."""
+"""What is said on stderr: errors and warnings always, what goes on in the library with -v and -vv."""
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import click
+
+from virtio.errors import VirtioError
 
 
 class _Formatter(logging.Formatter):
@@ -46,3 +49,11 @@ def verbose_option(command: Callable[..., Any]) -> Callable[..., Any]:
         callback=_callback,
         help="Show every vhost-user message on stderr; -vv: also what the rings do.",
     )(command)
+
+
+def words(error: VirtioError) -> str:
+    """An error in a line, without the number that an OSError begins with."""
+    if type(error).__str__ is OSError.__str__ and isinstance(error, OSError) and error.strerror:
+        name = errno.errorcode.get(error.errno or 0)
+        return error.strerror + (f" [{name}]" if name else "")
+    return str(error)

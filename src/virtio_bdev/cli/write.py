@@ -2,49 +2,54 @@
 
 from __future__ import annotations
 
-import os
-import stat
-from typing import BinaryIO
-
 import click
 
-from virtio_bdev import Controller
-from virtio_bdev.cli.options import CHUNK, SIZE, choose, controller_options, progress
+from virtio_bdev import Bdev, RequestError
+from virtio_bdev.cli.files import opened
+from virtio_bdev.cli.options import CHUNK, SIZE, choose, device_options, progress
+from virtio_bdev.config import BdevSpec
 
 
 @click.command()
-@controller_options
-@click.option("--bdev", "name", help="The disk, where there are several.")
-@click.option("--offset", type=SIZE, default=0, help="Byte to begin at.")
-@click.option("-i", "--input", "source", type=click.File("rb"), default="-", help="File to read.")
-def command(controller: Controller, timeout: float, name: str | None, offset: int, source: BinaryIO) -> None:
+@device_options
+@click.option("--bdev", "disk", metavar="NAME", help="Name of the disk, where there are several.")
+@click.option("--offset", type=SIZE, default=0, help="Byte to begin at: 4096, 4k, 1M, 2GiB.")
+@click.option(
+    "-i", "--input", "source", metavar="FILE", default="-", help="File to read; - for stdin, the default."
+)
+@click.option("--pad", type=click.Choice(["zeros"]), help="What to fill the last block up with.")
+def command(spec: BdevSpec, disk: str | None, offset: int, source: str, pad: str | None) -> None:
     """Copy a file to a disk behind ADDRESS, and flush it."""
-    bdev = choose(controller, name)
-    total = _size(source)
-    bdev.check(offset, total or 0, write=True)
-    with (
-        bdev.open(timeout=timeout) as channel,
-        controller.buffer(CHUNK) as buffer,
-        memoryview(buffer) as view,
-        progress(f"writing {bdev.name}", total) as advance,
-    ):
-        while nbytes := _fill(source, view):
-            with view[:nbytes] as chunk:
-                channel.write(offset, chunk)
-            offset += nbytes
-            advance(nbytes)
-        channel.flush()
+    with opened(source, write=False) as file, spec.attach() as controller:
+        bdev = choose(controller, disk)
+        total = file.left()
+        _check(bdev, offset, total or 0, pad)
+        with (
+            bdev.open(timeout=spec.timeout) as channel,
+            controller.buffer(CHUNK) as buffer,
+            progress(f"writing {bdev.name}", total) as advance,
+        ):
+            view, begin = buffer.view(), offset
+            while nbytes := file.fill(view):
+                try:
+                    padded = _check(bdev, offset, nbytes, pad)
+                except RequestError as error:
+                    raise click.ClickException(f"{error}; {offset - begin} bytes were written") from error
+                view[nbytes:padded] = bytes(padded - nbytes)
+                channel.write(offset, view[:padded])
+                offset += padded
+                advance(nbytes)
+            channel.flush()
 
 
-def _size(source: BinaryIO) -> int | None:
-    """How much there is to read, where that is known beforehand."""
-    status = os.fstat(source.fileno())
-    return status.st_size - source.tell() if stat.S_ISREG(status.st_mode) else None
-
-
-def _fill(source: BinaryIO, view: memoryview) -> int:
-    """Read until the view is full or the input ends; a pipe gives less at a time."""
-    filled = 0
-    while filled < len(view) and (got := os.readv(source.fileno(), [view[filled:]])):
-        filled += got
-    return filled
+def _check(bdev: Bdev, offset: int, nbytes: int, pad: str | None) -> int:
+    """So many bytes, perhaps rounded up to whole blocks, if they can be written at `offset`."""
+    if nbytes % bdev.block_size and offset % bdev.block_size == 0:
+        if pad is None:
+            raise RequestError(
+                f"{nbytes} bytes are not a multiple of the {bdev.block_size}-byte blocks of {bdev.name}: "
+                "--pad zeros fills the last one up"
+            )
+        nbytes += -nbytes % bdev.block_size
+    bdev.check(offset, nbytes, write=True)
+    return nbytes
