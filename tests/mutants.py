@@ -62,7 +62,6 @@ class Clause(NamedTuple):
 
 
 _NEVER = "never negotiated"
-_PCI = "not seen over vhost-user"
 _REVIEW = "no test can see it: review of the compiled code; stress in "
 _DISK = "proven by its test; a clause of the device, not of the ring"
 
@@ -152,6 +151,7 @@ CLAUSES = [
     Clause("BLK-2", "S", "FLUSH without CONFIG_WCE: a write-back cache", _DISK),
     Clause("BLK-3", "M", "`writeback` is not read before FEATURES_OK"),
     Clause("BLK-4", "M", "ZONED only by those who know zones", f"ZONED is {_NEVER}: see FEA-3"),
+    Clause("BLK-5", "S", "the capacity is looked at again when it changed", "not yet"),
     Clause("BLK-6", "M", "nothing beyond the capacity"),
     Clause("BLK-7", "S", "RO is accepted, and then nothing is written"),
     Clause("BLK-8", "M", "a flush is of sector 0"),
@@ -159,8 +159,10 @@ CLAUSES = [
     Clause("BLK-10", "M", "discard and write zeroes: whole segments"),
     Clause("BLK-11", "M", "GET_ID has 20 bytes"),
     Clause("BLK-12", "M", "no more segments than the device takes", "one segment a request"),
+    Clause("BLK-13", "M", "writeback=0: flush first", "`writeback` is never written"),
     Clause("BLK-14", "M", "`unmap` is 0 in a discard"),
     Clause("BLK-15", "M", "an error says nothing of the other segments", "one segment a request"),
+    Clause("BLK-16", "M", "the zoned operations", f"ZONED is {_NEVER}"),
     Clause("BLK-17", "-", "size_max, seg_max, limits of discard and write zeroes"),
 ]
 

@@ -43,10 +43,6 @@ class Options:
     """Replies go out a byte at a time."""
     refuse_status: int = 0
     """Bits of the device status that do not stick when written."""
-    extra_status: int = 0
-    """Bits that are set whenever the status is read."""
-    reset_reads: int = 0
-    """How many times the status still reads as before after 0 was written."""
 
     # The rings.
     polling: bool = False

@@ -106,8 +106,6 @@ class Ring:
     calls: int = 0
     taken: int = 0
     done: int = 0
-    wakes: int = 0
-    """How often the available index was found to have moved."""
     longest: int = 0
     """Descriptors of the longest chain."""
     outstanding: dict[int, Chain] = field(default_factory=dict)
@@ -238,7 +236,6 @@ class Ring:
                     break
                 continue
             self._quiet()
-            self.wakes += 1
             chains = self._take()
             if not chains:
                 break

@@ -130,7 +130,6 @@ class Session:
         self.features: int | None = None
         self.protocol: int | None = None
         self.status = 0
-        self.stale_status: list[int] = []
         self.rereads = 0
         """Status reads since FEATURES_OK was written."""
         self._owned = False
@@ -444,7 +443,6 @@ class Session:
             self.violate("STA-1", f"status {status:#x} is no byte")
         old, self._failed = self.status, bool(status & Status.FAILED)
         if status == 0:
-            self.stale_status = [old] * self.options.reset_reads
             self.status = 0
             self.features = None
             self.rereads = 0
@@ -479,8 +477,7 @@ class Session:
     def _get_status(self, payload: bytes, fds: list[int]) -> bytes:
         if self.status & Status.FEATURES_OK or self.options.refuse_status:
             self.rereads += 1
-        status = self.stale_status.pop() if self.stale_status else self.status
-        return U64.pack(status | self.options.extra_status)
+        return U64.pack(self.status)
 
     def _get_config(self, payload: bytes, fds: list[int]) -> bytes:
         if len(payload) < CONFIG.size:

@@ -69,9 +69,12 @@ class StorageDaemon:
         command += ["--export", export]
         command += ["--chardev", f"socket,id=qmp,fd={theirs.fileno()}", "--monitor", "chardev=qmp"]
         with theirs:
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, text=True)
+            self._process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, text=True
+            )
         self.pid = self._process.pid
         self._monitor = ours
+        self._events: list[str] = []
         self._lines = ours.makefile("r")
         if "QMP" not in self._receive():
             self._fail("did not greet")
@@ -81,16 +84,15 @@ class StorageDaemon:
         """Run a monitor command, and return what it returns."""
         self._send(command, arguments or {})
         while "event" in (answer := self._receive()):
-            pass
+            self._events.append(answer["event"])
         if "return" not in answer:
             self._fail(f"answered {command} with {answer}")
         return answer["return"]
 
-    def wait_for_event(self, name: str) -> dict[str, Any]:
-        """The next event of that name; others are passed over."""
-        while (answer := self._receive()).get("event") != name:
-            pass
-        return answer
+    def wait_for_event(self, name: str) -> None:
+        """Return when an event of that name has come, since the beginning."""
+        while name not in self._events:
+            self._events.append(self._receive().get("event", ""))
 
     def pause(self) -> None:
         """Make it hang: none of its threads runs when this returns."""

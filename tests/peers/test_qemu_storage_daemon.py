@@ -470,7 +470,7 @@ def test_the_program_refuses_them_in_one_line(daemon, image, folder):
         (33 * MIB, (), "do not lie within"),
         (MIB, ("--offset", "31.5M"), "is not a size"),
         (MIB, ("--offset", 31 * MIB + 512), "do not lie within"),
-        (MIB + 1, (), "not on the 512-byte grid"),
+        (MIB + 1, (), "not a multiple of the 512-byte blocks"),
     ):
         result = virtio_bdev_program("write", daemon, *options, "-i", random_file(folder / "source", nbytes))
         if result.returncode == 2:  # usage
@@ -527,9 +527,9 @@ def test_a_kill_amid_blocking_reads_is_noticed(serve, noticed):
 
 @pytest.mark.parametrize("wait", ["adaptive", "poll", "event"])
 def test_a_kill_amid_a_batch_is_noticed(serve, wait, noticed):
-    """The batch would take 100 s; its loop holds no GIL and hears of the end by a word in memory."""
+    """Its loop holds no GIL and hears of the end by a word in memory."""
     daemon = serve("driver=null-co,node-name=disk,size=1073741824,read-zeroes=on,latency-ns=5000000")
-    offsets = array("Q", range(0, BLOCK * 5_000, BLOCK)) 
+    offsets = array("Q", range(0, BLOCK * 5_000, BLOCK))
     moment = []
 
     def kill_when_it_moves():
@@ -549,6 +549,7 @@ def test_a_kill_amid_a_batch_is_noticed(serve, wait, noticed):
                 end = time.monotonic()
                 killer.join()
                 status = failure.value.batch.status
+                del failure  # its traceback has views of the controller's memory
                 finished = sum(code == 0 for code in status)
                 assert 0 < finished < len(status)
                 assert set(status) == {0, -errno.EINPROGRESS}
@@ -621,13 +622,14 @@ def test_a_hung_back_end_times_out_and_its_late_answers_do_no_harm(serve, image,
             daemon.pause()
             for _ in range(3):
                 begun = time.monotonic()
-                with pytest.raises(RequestTimeout, match="has not answered 1 requests in time"):
+                with pytest.raises(RequestTimeout, match="has not answered .* in time"):
                     channel.readinto(MIB, into)
                 assert 0.2 <= time.monotonic() - begun < 1
             offsets = array("Q", range(0, 1000 * BLOCK, BLOCK))
             with pytest.raises(RequestTimeout) as failure:
                 channel.read_batch(offsets, BLOCK, bytearray(1000 * BLOCK))
             assert set(failure.value.batch.status) == {-errno.EINPROGRESS}
+            del failure  # its traceback has views of the controller's memory
             daemon.resume()
             channel.timeout = 10
             for offset in range(0, len(content), 16 * BLOCK):  # more of them than the ring has places
@@ -721,8 +723,12 @@ def test_queues_of_any_number_and_size_move_the_right_bytes(daemon, image, queue
         assert len(controller.device.leases) == queues
         bdev = disk(controller)
         channels = []
-        for _ in range(queues):  # one for each queue: a thread has one queue, so others open the rest
-            thread = threading.Thread(target=lambda: channels.append(stack.enter_context(bdev.open(timeout=10))))
+
+        def open_one():
+            channels.append(stack.enter_context(bdev.open(timeout=10)))
+
+        for _ in range(queues):  # a thread has one queue, so that each is opened by another thread
+            thread = threading.Thread(target=open_one)
             thread.start()
             thread.join()
         for channel in channels:

@@ -118,7 +118,7 @@ def test_the_pool_gives_every_byte_to_one_at_a_time(steps):
 
 
 def test_an_empty_pool_says_what_to_do(pool):
-    with pytest.raises(TransportError, match="close buffers, or attach with a larger pool"):
+    with pytest.raises(TransportError, match="close buffers that are not needed"):
         pool.take(pool.region.size + 1)
     with pytest.raises(ValueError, match="a buffer of 0 bytes"):
         pool.take(0)
@@ -186,3 +186,14 @@ def test_a_closed_buffer_cannot_be_put_in_flight(pool):
 def test_a_contiguous_mapping_is_one_page():
     mapping = Mapping.contiguous(1 << 32)
     assert list(mapping.table) == [1 << 32] and 1 << mapping.shift > 1 << 48
+
+
+@viewable
+def test_an_exception_in_its_block_closes_a_viewed_buffer_and_is_not_hidden(pool):
+    buffer = pool.take(4096)
+    with pytest.raises(KeyError), buffer:
+        view = memoryview(buffer)
+        raise KeyError
+    assert buffer.closed and pool.free_bytes == pool.region.size - 4096
+    view.release()
+    assert pool.free_bytes == pool.region.size

@@ -96,10 +96,10 @@ def test_inquiry():
         (0x80, "00 80 0003 532f4e"),
         # ASCII, about the unit, T10 vendor identification: the vendor, then the serial number
         (0x83, "00 83 000f 02 01 00 0b 56495254494f2020 532f4e"),
-        # WSNZ, no COMPARE AND WRITE, granularity 1, at most 65535 blocks in a transfer, no optimum, no
+        # WSNZ, no COMPARE AND WRITE, no granularity, at most 65535 blocks in a transfer, no optimum, no
         # PREFETCH, 2**22 blocks and 256 descriptors in an UNMAP, granule 8 and its alignment 0 (valid),
         # 2**22 blocks in a WRITE SAME
-        (0xB0, "00 b0 003c 01 00 0001 0000ffff 00000000 00000000 00400000 00000100 00000008 80000000"
+        (0xB0, "00 b0 003c 01 00 0000 0000ffff 00000000 00000000 00400000 00000100 00000008 80000000"
                "0000000000400000" + "00" * 20),
         (0xB1, "00 b1 003c 0001" + "00" * 58),  # does not rotate
         # no threshold; UNMAP, both WRITE SAMEs and zeros after it; thin

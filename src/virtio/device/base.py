@@ -165,6 +165,8 @@ class Device(ABC):
         self.transport.close()
         for queue in self._queues:
             queue.detach()
+        for lease in self.leases:
+            lease.forget()
         self._queues = []
         if self._region is not None:
             self._region.close()

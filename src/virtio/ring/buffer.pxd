@@ -2,7 +2,7 @@
 
 cimport cython
 
-from virtio.ring._mem cimport Mem, Py_buffer, address, expose, window
+from virtio.ring._mem cimport Mem, Py_buffer, address, expose, null, window
 
 
 @cython.final

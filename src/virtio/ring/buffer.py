@@ -9,7 +9,7 @@ import cython
 from virtio.errors import ClosedError
 
 if not cython.compiled:
-    from virtio.ring._mem import Py_buffer, address, expose, window
+    from virtio.ring._mem import Py_buffer, address, expose, null, window
 
 if TYPE_CHECKING:
     from virtio.ring.region import Pool
@@ -19,9 +19,10 @@ class Buffer:
     """Bytes of a region, lent by a pool; supports the buffer protocol (`memoryview`, NumPy).
 
     `offset` is where the bytes lie in their region. `exports` counts the views that live, and
-    `busy` the requests in flight that use it. Closing a viewed one raises BufferError; closing a
-    busy one gives its bytes back when the device has let go of them. It stays readable as long as
-    a view lives, whatever becomes of its controller.
+    `busy` the requests in flight that use it. Closing a viewed one raises BufferError, unless an
+    exception passes through its `with` block, whose traceback may well hold the view; the bytes go
+    back when the last view and the last request have. It stays readable as long as a view lives,
+    whatever becomes of its controller.
     """
 
     def __init__(self, view: memoryview, offset: int, pool: Pool) -> None:
@@ -41,8 +42,14 @@ class Buffer:
         if self.exports:
             raise BufferError(f"{self.exports} views of this buffer are still alive")
         self.closed = True
-        if not self.busy:
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """To the pool, once it is closed and nobody uses it any more."""
+        if self.closed and not self.exports and not self.busy:
             self.pool.give_back(self)
+            self._view = memoryview(b"")  # a handle that is kept keeps no memory mapped
+            self._mem = null()
 
     def hold(self) -> None:
         """A request in flight uses these bytes from now on."""
@@ -52,8 +59,7 @@ class Buffer:
     def let_go(self) -> None:
         """The device is done with what `hold` announced."""
         self.busy -= 1
-        if self.closed and not self.busy:
-            self.pool.give_back(self)
+        self._give_back()
 
     def check(self) -> None:
         """Raise ClosedError if this buffer was closed."""
@@ -71,8 +77,10 @@ class Buffer:
     def __enter__(self) -> Buffer:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        if kind is None or not self.exports:
+            self.close()
+        self.closed = True
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.exports} views, {self.busy} in flight"
@@ -89,6 +97,7 @@ class Buffer:
     @cython.annotation_typing(True)  # type: ignore[no-untyped-call,untyped-decorator,unused-ignore]
     def __releasebuffer__(self, buffer: cython.pointer[Py_buffer]) -> None:
         self.exports -= 1
+        self._give_back()
 
     def __buffer__(self, flags: int) -> memoryview:
         self.check()
@@ -98,6 +107,7 @@ class Buffer:
     def __release_buffer__(self, view: memoryview) -> None:
         view.release()
         self.exports -= 1
+        self._give_back()
 
 
 def address_of(view: memoryview) -> int:

@@ -146,6 +146,12 @@ class Lease:
         if not self._lock.acquire(timeout=_RETIRE_S):
             raise RequestTimeout("a call on this queue did not come back at the end of its device")
 
+    def forget(self) -> None:
+        """Let go of what was kept for a device that is no more."""
+        kept, self._quarantine = self._quarantine, []
+        for buffers, _ in kept:
+            self._let_go(buffers, None)
+
     def execute(
         self,
         task: Task,
@@ -271,9 +277,7 @@ class Lease:
 
     def _reclaim(self) -> None:
         if self._quarantine and not self.queue.orphans:
-            kept, self._quarantine = self._quarantine, []
-            for buffers, _ in kept:
-                self._let_go(buffers, None)
+            self.forget()
 
     def _check_deadline(self, deadline: int | None, waiting: int) -> None:
         if deadline is not None and time.monotonic_ns() >= deadline:

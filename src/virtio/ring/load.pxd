@@ -21,6 +21,8 @@ cdef class Histogram:
 
     @cython.locals(index=uint64_t, bits=int)
     cpdef void record(self, uint64_t value) noexcept nogil
+    @cython.locals(index=int, count=uint64_t, shift=int, low=uint64_t, width=uint64_t)
+    cpdef list buckets(self)
 
 
 @cython.final

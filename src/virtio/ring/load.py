@@ -76,14 +76,14 @@ class Histogram:
     @property
     def mean(self) -> float:
         """The sum of all values by their number."""
-        return self.total / self.count if self.count else 0.0
+        return float(self.total) / float(self.count) if self.count else 0.0
 
     @property
     def stddev(self) -> float:
         """The standard deviation of all values."""
         if not self.count:
             return 0.0
-        return math.sqrt(max(0.0, self._squares / self.count - self.mean**2))
+        return math.sqrt(max(0.0, self._squares / float(self.count) - self.mean**2))
 
     def percentile(self, percent: float) -> int:
         """The least value that at least `percent` of all values do not exceed; 0 if there was none."""
@@ -102,8 +102,11 @@ class Histogram:
             count = load_u64(self._counts, 8 * index)
             if count:
                 shift = max(0, (index >> _SUB_BITS) - 1)
-                low = index - (shift << _SUB_BITS) << shift
-                found.append(Bucket(low, low + (1 << shift) - 1, count))
+                low = index - (shift << _SUB_BITS)
+                low <<= shift  # not above: there the number is a C int
+                width = 1
+                width <<= shift
+                found.append(Bucket(low, low + (width - 1), count))
         return found
 
     def __repr__(self) -> str:

@@ -8,6 +8,7 @@ import mmap
 import os
 import threading
 from array import array
+from collections import deque
 from typing import NamedTuple
 
 from virtio.errors import ClosedError, TransportError
@@ -91,11 +92,14 @@ class Pool:
         self.region = region
         self._lock = threading.Lock()
         self._free = [(0, region.size)]  # (offset, end), sorted, never adjacent
+        self._returned: deque[tuple[int, int]] = deque()  # a collector may return one at any moment
 
     @property
     def free_bytes(self) -> int:
         """How many bytes are not lent, in however many pieces."""
-        return sum(end - offset for offset, end in self._free)
+        with self._lock:
+            self._merge()
+            return sum(end - offset for offset, end in self._free)
 
     def take(self, nbytes: int, align: int = 4096) -> Buffer:
         """A buffer of `nbytes`, zeroed or not; TransportError(ENOMEM) when none is left."""
@@ -103,27 +107,30 @@ class Pool:
             raise ValueError(f"a buffer of {nbytes} bytes")
         if self.region.fd < 0:
             raise ClosedError("the controller of this memory was closed")
-        room = -(-nbytes // 64) * 64  # no two buffers share a cache line
         with self._lock:
+            self._merge()
             for i, (start, end) in enumerate(self._free):
                 offset = -(-start // align) * align
-                if offset + room <= end:
-                    pieces = [(start, offset), (offset + room, end)]
+                if offset + _room(nbytes) <= end:
+                    pieces = [(start, offset), (offset + _room(nbytes), end)]
                     self._free[i : i + 1] = [piece for piece in pieces if piece[0] < piece[1]]
                     break
             else:
                 raise TransportError(
                     errno.ENOMEM,
                     f"no {nbytes} bytes in one piece left of the pool's {self.region.size}: close "
-                    "buffers, or attach with a larger pool",
+                    "buffers that are not needed",
                 )
         return Buffer(self.region.view[offset : offset + nbytes], offset, self)
 
     def give_back(self, buffer: Buffer) -> None:
-        """Take the bytes of a buffer that closes; for `Buffer` to call."""
-        start, end = buffer.offset, buffer.offset + -(-buffer.nbytes // 64) * 64
-        with self._lock:
-            pieces = sorted([*self._free, (start, end)])
+        """Take the bytes of a buffer that closes; for `Buffer` to call, from anywhere."""
+        self._returned.append((buffer.offset, buffer.offset + _room(buffer.nbytes)))
+
+    def _merge(self) -> None:
+        """Put what was returned between its neighbours."""
+        while self._returned:
+            pieces = sorted([*self._free, self._returned.popleft()])
             merged = pieces[:1]
             for piece in pieces[1:]:
                 if piece[0] == merged[-1][1]:
@@ -131,3 +138,8 @@ class Pool:
                 else:
                     merged.append(piece)
             self._free = merged
+
+
+def _room(nbytes: int) -> int:
+    """No two buffers share a cache line."""
+    return -(-nbytes // 64) * 64

@@ -194,7 +194,6 @@ class LogicalUnit:
             Page.DEVICE_IDENTIFICATION: encode_designators([name]),
             Page.BLOCK_LIMITS: BlockLimits(
                 wsnz=True,
-                transfer_granularity=1,
                 max_transfer=_TRANSFER_MAX // block_size,
                 max_unmap=_ZERO_MAX // block_size,
                 max_unmap_descriptors=_RANGES_MAX,

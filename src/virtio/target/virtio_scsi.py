@@ -14,6 +14,7 @@ from virtio.wire.virtio_scsi import (
     Response,
     ResponseCode,
     ScsiConfig,
+    ScsiFeature,
     TaskFunction,
     TaskManagement,
     decode_lun,
@@ -29,7 +30,8 @@ _AN_RESPONSE = bytes(4) + bytes([ResponseCode.OK])  # none of the events asked f
 class ScsiDevice:
     """A host device for targets by number; a control queue, an event queue, request queues."""
 
-    features = 0  # no bidirectional commands, and nothing here ever changes
+    # No event ever comes, but QEMU 7.2 accepts CHANGE whether it is offered or not.
+    features = int(ScsiFeature.HOTPLUG | ScsiFeature.CHANGE)
 
     def __init__(self, targets: Mapping[int, Target], queues: int) -> None:
         self._targets = targets

@@ -1,0 +1,156 @@
+"""`virtio_bdev.bench`, against the embedded target."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+import virtio_bdev
+from virtio.errors import (
+    DeviceError,
+    ReadOnlyError,
+    RequestError,
+    RequestTimeout,
+    TransportError,
+)
+from virtio.target import serve
+from virtio_bdev import bench
+
+
+@pytest.mark.parametrize("wait", ["poll", "adaptive", "event"])
+@pytest.mark.parametrize("rw", ["read", "write", "randread", "randwrite"])
+def test_so_many_requests_are_measured(bdev, rw, wait):
+    with bdev.open(wait=wait) as channel:
+        result = bench.run(channel, rw=rw, bs=4096, iodepth=8, requests=500)
+    assert result.requests == result.latency.count == 500
+    assert result.iops == pytest.approx(500 / result.seconds)
+    assert result.bytes_per_second == pytest.approx(4096 * result.iops)
+    latency = result.latency
+    assert 0 < latency.minimum <= latency.percentile(50) <= latency.percentile(99.9) <= latency.maximum
+    assert latency.maximum <= result.seconds * 1e9
+
+
+def test_a_run_ends_at_its_time(channel):
+    result = bench.run(channel, iodepth=4, runtime=0.1)
+    assert 0.1 <= result.seconds < 5
+    assert result.requests > 0
+
+
+def test_a_sequence_of_writes_fills_the_whole_disk_with_random_bytes(channel, controller, bdev):
+    bench.run(channel, rw="write", bs=1 << 20, iodepth=4, requests=bdev.size >> 20)
+    bytes_seen = controller.image.read_bytes()
+    assert len(bytes_seen) == bdev.size
+    for at in range(0, bdev.size, 1 << 20):
+        assert len(set(bytes_seen[at : at + 65536])) == 256
+
+
+def test_reading_writes_nothing(channel, controller):
+    bench.run(channel, rw="randread", requests=100)
+    assert not any(controller.image.read_bytes())
+
+
+def test_nothing_stays_in_flight_or_lent(channel, controller):
+    free = controller.device.pool.free_bytes
+    bench.run(channel, requests=100)
+    assert controller.device.pool.free_bytes == free
+    assert channel.read(0, 512) == bytes(512)
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        (dict(bs=1000), "1000 bytes at 0 are not on the 512-byte grid of"),
+        (dict(bs=0), "requests of 0 bytes"),
+        (dict(bs=32 << 20), "33554432 bytes at 0 do not lie within the 16777216 bytes of"),
+        (dict(bs=4 << 20), "requests of 4194304 bytes: .* takes at most 1048576 in one"),
+        (dict(iodepth=257), "257 requests in flight, want 1 to 256"),
+        (dict(iodepth=0), "0 requests in flight, want 1 to 256"),
+        (dict(bs=1 << 20, iodepth=100), "100 requests of 1048576 bytes want 104857600 bytes of memory"),
+        (dict(rw="trim"), "rw='trim', want one of read, write, randread, randwrite"),
+        (dict(runtime=0), "want more than 0"),
+        (dict(runtime=float("nan")), "want more than 0"),
+        (dict(requests=0), "want more than 0"),
+    ],
+)
+def test_what_cannot_be_is_refused(channel, how, words):
+    with pytest.raises(RequestError, match=words):
+        bench.run(channel, **how)
+
+
+def test_a_read_only_disk_is_not_written():
+    with serve("blk", "ram:1M,ro") as target, virtio_bdev.attach(target.address, dev_type="blk") as disks:
+        with disks["VirtioBlk0"].open() as channel:
+            with pytest.raises(ReadOnlyError, match="VirtioBlk0 is read-only"):
+                bench.run(channel, rw="randwrite")
+            assert bench.run(channel, requests=10).requests == 10
+
+
+@pytest.mark.parametrize("kind", ["blk", "scsi"])
+def test_the_first_error_of_the_disk_ends_it_and_is_told_with_its_place(kind):
+    with (
+        serve(kind, "ram:1M,fail-read=512k") as target,
+        virtio_bdev.attach(target.address, dev_type=kind) as disks,
+        next(iter(disks.values())).open() as channel,
+    ):
+        with pytest.raises(DeviceError) as caught:
+            bench.run(channel, rw="read", iodepth=8)
+        assert caught.value.offset == 512 << 10
+        assert channel.read(0, 512) == bytes(512)
+
+
+def test_a_disk_that_hangs_is_a_time_out_after_which_the_channel_goes_on():
+    with (
+        serve("blk", "ram:1M,delay=0.3") as target,
+        virtio_bdev.attach(target.address, dev_type="blk") as disks,
+        disks["VirtioBlk0"].open(timeout=0.1) as channel,
+    ):
+        with pytest.raises(RequestTimeout, match="has not answered 2 requests in time"):
+            bench.run(channel, iodepth=2)
+        channel.timeout = 10
+        assert channel.read(0, 512) == bytes(512)
+
+
+def test_the_time_out_is_for_an_answer_and_not_for_the_run():
+    with (
+        serve("blk", "ram:1M,delay=0.02") as target,
+        virtio_bdev.attach(target.address, dev_type="blk") as disks,
+        disks["VirtioBlk0"].open(timeout=0.5) as channel,
+    ):
+        assert bench.run(channel, iodepth=1, runtime=0.8).seconds >= 0.8
+
+
+def test_a_disk_that_goes_away_ends_it():
+    with (
+        serve("blk", "ram:1M") as target,
+        virtio_bdev.attach(target.address, dev_type="blk") as disks,
+        disks["VirtioBlk0"].open(wait="poll") as channel,
+    ):
+        end = threading.Timer(0.2, os.kill, (target.pid, signal.SIGKILL))
+        end.start()
+        with pytest.raises(TransportError):
+            bench.run(channel, runtime=60)
+        end.join()
+
+
+@pytest.mark.parametrize("wait", ["poll", "event"])
+def test_ctrl_c_ends_it_soon_and_the_channel_goes_on(bdev, wait):
+    moments = []
+
+    def interrupt():
+        while not queue.in_flight:
+            time.sleep(0)
+        moments.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with bdev.open(wait=wait) as channel:
+        queue = channel._lease.queue
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            bench.run(channel, runtime=60)
+        assert time.monotonic() - moments[0] < 1  # 0.1 on a machine that does nothing else
+        thread.join()
+        assert channel.read(0, 512) == bytes(512)
+        assert queue.orphans == 0 or queue.in_flight == queue.orphans

@@ -1,0 +1,163 @@
+"""`virtio-bdev bench`, as a process of its own."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from virtio.target import serve
+
+FIO = Path(__file__).parent.parent / "data/fio/keys.txt"
+MAIN = "from virtio_bdev.cli import main; main()"
+# The same, with a Ctrl-C as soon as requests are in flight; prints when that was.
+INTERRUPTED = """
+import os, signal, threading, time
+from virtio_bdev import bench, cli
+
+def interrupted(channel, run=bench.run, **how):
+    def interrupt():
+        while not channel._lease.queue.in_flight:
+            time.sleep(0)
+        print(time.monotonic(), flush=True)
+        os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=interrupt).start()
+    return run(channel, **how)
+
+bench.run = interrupted
+cli.main()
+"""
+
+
+@pytest.fixture
+def disk():
+    with serve("blk", "ram:1M") as target:
+        yield target
+
+
+def bench(target, *options, code=MAIN, kind="blk", **how):
+    """Run it on a target; exit status, standard output and standard error."""
+    command = [sys.executable, "-c", code, "bench", target.address, f"--dev-type={kind}", *options]
+    how.setdefault("stdin", subprocess.DEVNULL)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, **how)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("rw", ["read", "randread"])
+def test_a_line_has_what_was_measured(disk, rw):
+    status, out, err = bench(disk, "--rw", rw, "--bs", "4k", "--iodepth", "4", "--runtime", "0.1")
+    assert (status, err) == (0, "")
+    number = r"[\d,]+(\.\d)?"
+    assert re.fullmatch(
+        rf"VirtioBlk0: {rw} of 4 KiB, 4 in flight: [\d,]+ IOPS, {number} MiB/s, "
+        rf"latency in us: mean {number}, p50 {number}, p99 {number}, p99.9 {number}\n",
+        out,
+    )
+
+
+def paths(value, path=""):
+    """Every path in a json value; list items have no number."""
+    found = set()
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            found |= {f"{path}/{key}"} | paths(inner, f"{path}/{key}")
+    elif isinstance(value, list):
+        for inner in value:
+            found |= paths(inner, f"{path}[]")
+    return found
+
+
+def test_every_key_of_its_json_is_one_of_fios(disk):
+    status, out, _ = bench(disk, "--runtime", "0.1", "--json")
+    assert status == 0
+    fio = {line for line in FIO.read_text().splitlines() if not line.startswith("#")}
+    assert paths(json.loads(out)) - fio == {"/virtio-bdev version"}
+
+
+@pytest.mark.parametrize("rw, used, unused", [("randread", "read", "write"), ("write", "write", "read")])
+def test_json_has_the_run_as_fio_would_tell_it(disk, rw, used, unused):
+    options = ["--rw", rw, "--bs", "8k", "--iodepth", "2", "--runtime", "0.2", "--json", "--yes"]
+    status, out, err = bench(disk, *options)
+    assert (status, err) == (0, "")
+    (job,) = json.loads(out)["jobs"]
+    assert job["job options"] == {"rw": rw, "bs": "8192", "iodepth": "2"}
+    told = job[used]
+    assert told["io_bytes"] == 8192 * told["total_ios"] > 0
+    assert 200 <= told["runtime"] < 5000
+    assert told["iops"] == pytest.approx(1000 * told["total_ios"] / told["runtime"], rel=0.01)
+    assert told["bw_bytes"] == pytest.approx(8192 * told["iops"], rel=0.01)
+    assert told["bw"] == told["bw_bytes"] >> 10
+    latency = told["clat_ns"]
+    assert latency["N"] == told["total_ios"]
+    assert 0 < latency["min"] <= latency["mean"] <= latency["max"] and latency["stddev"] > 0
+    assert latency["min"] <= latency["percentile"]["50.000000"] <= latency["percentile"]["99.900000"]
+    assert (job[unused]["total_ios"], job[unused]["iops"]) == (0, 0)
+
+
+def test_a_scsi_disk_among_several_is_named():
+    with serve("scsi", "ram:1M", "ram:2M") as target:
+        status, _, err = bench(target, "--runtime", "0.1", kind="scsi")
+        assert status == 1 and "name one with --bdev (VirtioScsi0t0, VirtioScsi0t1)" in err
+        status, out, _ = bench(target, "--runtime", "0.1", "--bdev", "VirtioScsi0t1", kind="scsi")
+        assert status == 0 and out.startswith("VirtioScsi0t1: randread of 4 KiB, 32 in flight: ")
+
+
+@pytest.mark.parametrize("rw", ["write", "randwrite"])
+def test_overwriting_a_disk_wants_yes_where_nobody_can_be_asked(disk, rw):
+    status, out, err = bench(disk, "--rw", rw, "--runtime", "0.1")
+    assert (status, out) == (2, "")
+    assert f"VirtioBlk0 at {disk.address}, 1 MiB, will be overwritten: --yes says that this is wanted" in err
+    assert bench(disk, "--rw", rw, "--runtime", "0.1", "--yes")[0] == 0
+
+
+@pytest.mark.parametrize("answer, status", [(b"n\n", 1), (b"y\n", 0), (b"\n", 1)])
+def test_overwriting_a_disk_asks_at_a_terminal(disk, answer, status):
+    ours, theirs = os.openpty()
+    try:
+        os.write(ours, answer)
+        got, out, err = bench(disk, "--rw", "write", "--runtime", "0.1", stdin=theirs)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert got == status
+    assert "VirtioBlk0 at" in err and "will be overwritten. Go on? [y/N]" in err
+    assert ("nothing was written" in err) == (status == 1) == (out == "")
+
+
+@pytest.mark.parametrize(
+    "options, status, words",
+    [
+        (["--bs", "1000"], 1, "1000 bytes at 0 are not on the 512-byte grid of VirtioBlk0"),
+        (["--bs", "2M"], 1, "2097152 bytes at 0 do not lie within the 1048576 bytes of VirtioBlk0"),
+        (["--bs", "many"], 2, "'many' is not a size"),
+        (["--iodepth", "1000"], 1, "1000 requests in flight, want 1 to 256"),
+        (["--iodepth", "0"], 2, "--iodepth"),
+        (["--runtime", "0"], 2, "--runtime"),
+        (["--rw", "trim"], 2, "--rw"),
+        (["--bdev", "Other"], 1, "has no disk Other; it has: VirtioBlk0"),
+    ],
+)
+def test_what_cannot_be_is_one_line(disk, options, status, words):
+    got, out, err = bench(disk, *options)
+    assert (got, out) == (status, "")
+    assert words in err and "Traceback" not in err
+
+
+def test_ctrl_c_exits_130_and_leaves_the_disk_to_the_next(disk):
+    status, out, err = bench(disk, "--runtime", "60", code=INTERRUPTED)
+    assert (status, err) == (130, "")
+    assert time.monotonic() - float(out) < 5
+    assert bench(disk, "--runtime", "0.1")[0] == 0
+
+
+def test_a_target_that_dies_is_one_line():
+    with serve("blk", "ram:1M") as target:
+        code = INTERRUPTED.replace("os.getpid(), signal.SIGINT", f"{target.pid}, signal.SIGKILL")
+        status, _, err = bench(target, "--runtime", "60", code=code)
+    assert status == 1 and err.count("\n") == 1
+    assert signal.SIGKILL and target.path in err

@@ -1,0 +1,89 @@
+"""`virtio-bdev run`."""
+
+import os
+import signal
+
+import pytest
+
+from tests.cli.program import lines_until, output, run, started, stop
+from virtio.target import serve
+
+
+def config(tmp_path, text):
+    path = tmp_path / "bdev.conf"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_attaches_all_says_so_holds_them_and_lets_go(tmp_path, scsi, blk, number):
+    text = f"""
+# as in the README of the original module
+[Virtio]
+  Dev User {scsi.path}
+  Dev User {blk.path} blk name=Fast0 queues=2
+"""
+    with started("run", "--config", config(tmp_path, text)) as process:
+        lines = lines_until(process, b"ready")
+        names = [line.split()[0].decode() for line in lines]
+        assert names == ["NAME", "VirtioScsi0t0", "VirtioScsi0t5l3", "VirtioScsi0t6", "Fast0", "ready"]
+        done = run("list", blk.address, "--dev-type", "blk", "--timeout", "0.3")
+        assert done.returncode == 1 and b"serves another front end" in done.stderr  # it is held
+        assert stop(process, number) == (0, b"")
+    assert output("list", blk.address, "--dev-type", "blk").startswith(b"NAME")
+
+
+def test_an_error_names_the_line_and_leaves_nothing_attached(tmp_path, blk):
+    path = config(tmp_path, f"[Virtio]\nDev User {blk.path} blk\nDev User {tmp_path}/none\n")
+    done = run("run", "--config", path)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.startswith(f"virtio-bdev: {path}:3: cannot connect to {tmp_path}/none".encode())
+    assert done.stderr.count(b"\n") == 1
+    assert output("list", blk.address, "--dev-type", "blk").startswith(b"NAME")
+
+
+def test_a_lost_device_is_reported_and_the_others_are_held(tmp_path, blk):
+    with serve("scsi", "ram:1M") as other:
+        path = config(tmp_path, f"[Virtio]\nDev User {other.path}\nDev User {blk.path} blk\n")
+        with started("run", "--config", path) as process:
+            lines_until(process, b"ready")
+            os.kill(other.pid, signal.SIGTERM)
+            line = process.stderr.readline()
+            assert line.startswith(f"virtio-bdev: VirtioScsi0 is lost: the back end at {other.path}".encode())
+            done = run("list", blk.address, "--dev-type", "blk", "--timeout", "0.3")
+            assert b"serves another front end" in done.stderr
+            assert stop(process) == (0, b"")
+
+
+def test_without_any_device_left_it_fails(tmp_path):
+    with serve("scsi", "ram:1M") as only:
+        path = config(tmp_path, f"[Virtio]\nDev User {only.path}\n")
+        with started("run", "--config", path) as process:
+            lines_until(process, b"ready")
+            os.kill(only.pid, signal.SIGTERM)
+            said = process.communicate(timeout=30)[1].decode().splitlines()
+            assert process.returncode == 1 and len(said) == 2
+            assert said[1] == "virtio-bdev: every device is lost"
+
+
+def test_sections_of_other_modules_are_named_and_passed_over(tmp_path, blk):
+    path = config(
+        tmp_path, f"[Global]\n  Comment x\n[Virtio]\nDev User {blk.path} blk\n[Malloc]\n  Number 1\n"
+    )
+    with started("run", "--config", path) as process:
+        lines_until(process, b"ready")
+        want = f"virtio-bdev: {path}: sections that are not for us: [Global], [Malloc]\n".encode()
+        assert stop(process) == (0, want)
+
+
+def test_a_bad_line_is_told_before_anything_is_attached(tmp_path):
+    path = config(tmp_path, f"[Virtio]\nDev User {tmp_path}/none\nDev Usr x\n")
+    done = run("run", "--config", path)
+    assert done.returncode == 1
+    assert done.stderr.decode() == f"virtio-bdev: {path}:3: 'Usr': want User PATH or Pci after Dev\n"
+
+
+@pytest.mark.parametrize("name, words", [("none", "No such file or directory"), ("", "Is a directory")])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, words):
+    done = run("run", "--config", tmp_path / name)
+    assert (done.returncode, done.stderr.decode()) == (1, f"virtio-bdev: {tmp_path / name}: {words}\n")
