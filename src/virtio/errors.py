@@ -33,7 +33,8 @@ class DeviceError(VirtioError, OSError):
 
     `errno` is the nearest POSIX error; `offset` the byte on the disk where the failed request
     began (None for a request without one); `status` the device's own status byte; `sense` the raw
-    SCSI sense data, empty for other devices.
+    SCSI sense data, empty for other devices. `transient`: the device did nothing, and the same
+    request may well succeed in a moment.
     """
 
     def __init__(
@@ -44,11 +45,13 @@ class DeviceError(VirtioError, OSError):
         offset: int | None = None,
         status: int = 0,
         sense: bytes = b"",
+        transient: bool = False,
     ) -> None:
         super().__init__(code, message)
         self.offset = offset
         self.status = status
         self.sense = sense
+        self.transient = transient
 
     def __str__(self) -> str:
         where = "" if self.offset is None else f" at byte {self.offset}"

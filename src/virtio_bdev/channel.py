@@ -202,7 +202,10 @@ class Channel:
             )
         most = min(limits.depth, self._lease.queue.slots)
         if not 1 <= depth <= most:
-            raise RequestError(f"{depth} requests in flight, want 1 to {most}: {name}'s queue has no more")
+            queues = len(self._controller.device.leases)
+            raise RequestError(
+                f"{depth} requests in flight, want 1 to {most}: more than {name} takes on each of {queues} queues"
+            )
         with self._cells(load.nbytes, depth) as cells:
             if write:
                 cells.view()[:] = os.urandom(cells.nbytes)

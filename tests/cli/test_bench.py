@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -135,7 +134,11 @@ def test_overwriting_a_disk_asks_at_a_terminal(disk, answer, status):
         (["--bs", "1000"], 1, "1000 bytes at 0 are not on the 512-byte grid of VirtioBlk0"),
         (["--bs", "2M"], 1, "2097152 bytes at 0 do not lie within the 1048576 bytes of VirtioBlk0"),
         (["--bs", "many"], 2, "'many' is not a size"),
-        (["--iodepth", "1000"], 1, "1000 requests in flight, want 1 to 256"),
+        (
+            ["--iodepth", "1000"],
+            1,
+            "1000 requests in flight, want 1 to 256: more than VirtioBlk0 takes on each of",
+        ),
         (["--iodepth", "0"], 2, "--iodepth"),
         (["--runtime", "0"], 2, "--runtime"),
         (["--rw", "trim"], 2, "--rw"),
@@ -150,7 +153,7 @@ def test_what_cannot_be_is_one_line(disk, options, status, words):
 
 def test_ctrl_c_exits_130_and_leaves_the_disk_to_the_next(disk):
     status, out, err = bench(disk, "--runtime", "60", code=INTERRUPTED)
-    assert (status, err) == (130, "")
+    assert (status, err.strip()) == (130, "")
     assert time.monotonic() - float(out) < 5
     assert bench(disk, "--runtime", "0.1")[0] == 0
 
@@ -160,4 +163,4 @@ def test_a_target_that_dies_is_one_line():
         code = INTERRUPTED.replace("os.getpid(), signal.SIGINT", f"{target.pid}, signal.SIGKILL")
         status, _, err = bench(target, "--runtime", "60", code=code)
     assert status == 1 and err.count("\n") == 1
-    assert signal.SIGKILL and target.path in err
+    assert target.path in err

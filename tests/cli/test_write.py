@@ -49,11 +49,11 @@ def test_padding_fills_the_last_block_and_no_more(arguments, image, tmp_path, so
     "nbytes, options, words",
     [
         (1000, [], "1000 bytes are not a multiple of the 512-byte blocks of VirtioBlk0: --pad zeros"),
-        (1024, ["--offset", "100"], "1024 bytes at 100 are not on the 512-byte grid"),
-        (1000, ["--offset", "100", "--pad", "zeros"], "1000 bytes at 100 are not on the 512-byte grid"),
+        (1024, ["--offset", "100"], " bytes at 100 are not on the 512-byte grid"),
+        (1000, ["--offset", "100", "--pad", "zeros"], " bytes at 100 are not on the 512-byte grid"),
         ((1 << 20) + 512, [], "1049088 bytes at 0 do not lie within the 1048576 bytes"),
         (513, ["--offset", "1048064", "--pad", "zeros"], "1024 bytes at 1048064 do not lie within"),
-        (512, ["--offset", "2M"], "512 bytes at 2097152 do not lie within"),
+        (512, ["--offset", "2M"], " bytes at 2097152 do not lie within"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_first_byte(

@@ -29,8 +29,9 @@ def test_descriptors_of_a_request_that_timed_out_stay_as_they_are(kind, features
             model.options.hold = lambda chain: True
             with pytest.raises(RequestTimeout):
                 opened.read(4096, 4096)
+            assert model.wait_for(lambda: len(held(model)) == 1)
             model.options.hold = None
-            assert len(held(model)) == 1
+            opened.timeout = TIMEOUT
             for turn in range(300):
                 assert opened.read(512 * turn, 512) == content[512 * turn :][:512]
             assert model.release() == 1  # the model compares what it kept with what is there
@@ -45,10 +46,10 @@ def test_a_late_answer_lands_in_nobody_elses_memory(kind):
         model.options.hold = lambda chain: len(held(model)) < 8
         with pytest.raises(RequestTimeout):
             opened.read_batch(array("Q", range(0, 4096, 512)), 512, bytearray(4096))
-        count = len(held(model))
-        assert count == 8
+        assert model.wait_for(lambda: len(held(model)) == 8)
         chance = random.Random(1)
         model.options.hold = None
+        opened.timeout = TIMEOUT
 
         # Give each back by hand beside a request of now: both are outstanding, so both are legal.
         for _ in range(200):
@@ -77,7 +78,9 @@ def test_a_write_that_timed_out_keeps_its_data_until_the_device_has_it(kind):
         model.options.hold = lambda chain: True
         with pytest.raises(RequestTimeout):
             opened.write(8192, data)
+        assert model.wait_for(lambda: len(held(model)) == 1)
         model.options.hold = None
+        opened.timeout = TIMEOUT
         assert opened.read(0, 512) == bytes(512)
         assert model.release() == 1
         opened.flush()

@@ -489,5 +489,6 @@ def test_a_device_that_does_not_answer_is_not_waited_for_for_ever(kind):
         with pytest.raises(RequestTimeout):
             opened.read_batch(array("Q", [0, 512, 1024]), 512, bytearray(1536))
         model.options.hold = None
+        opened.timeout = TIMEOUT
         model.release()
         exercise(model, opened)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import subprocess
 import sysconfig
 import tempfile
@@ -137,6 +138,17 @@ def rate(count, begun):
     return f"{count / (time.perf_counter() - begun):,.0f}/s"
 
 
+@pytest.fixture
+def figure(record_property):
+    """Call it with what was measured; shown by `pytest -s`, and in a JUnit report."""
+
+    def record(name, value):
+        print(f"{name}: {value}")
+        record_property(name, value)
+
+    return record
+
+
 @contextmanager
 def nothing_left_behind():
     """What is opened and started inside is closed and ended afterwards."""
@@ -175,7 +187,7 @@ def test_an_ext4_image_is_listed_and_read_whole_and_its_files_are_in_the_copy(se
         assert out.read_bytes() == content
 
 
-def test_a_file_of_256_mib_is_written_and_read_back(serve, folder, record_property):
+def test_a_file_of_256_mib_is_written_and_read_back(serve, folder, figure):
     image, source, copy = folder / "image", folder / "source", folder / "copy"
     image.touch()
     os.truncate(image, 256 * MIB)
@@ -184,7 +196,7 @@ def test_a_file_of_256_mib_is_written_and_read_back(serve, folder, record_proper
     for command, option, path in (("write", "-i", source), ("read", "-o", copy)):
         begun = time.perf_counter()
         done(virtio_bdev_program(command, daemon, option, path))
-        record_property(command, f"{256 / (time.perf_counter() - begun):.0f} MiB/s, start-up included")
+        figure(command, f"{256 / (time.perf_counter() - begun):.0f} MiB/s, start-up included")
         assert sha256(image) == sha256(source)
     assert sha256(copy) == sha256(source)
 
@@ -260,7 +272,7 @@ def test_unmap_gives_space_back(channel, image):
 # Many at once.
 
 
-def test_four_threads_on_four_queues_and_no_fifth(serve, folder, record_property):
+def test_four_threads_on_four_queues_and_no_fifth(serve, folder, figure):
     image = random_file(folder / "image", 64 * MIB)
     before = image.read_bytes()
     share, rounds = 16 * MIB, 1500
@@ -298,7 +310,7 @@ def test_four_threads_on_four_queues_and_no_fifth(serve, folder, record_property
         may_close.set()
         for thread in threads:
             thread.join(60)
-        record_property("rate", rate(4 * rounds, begun))
+        figure("rate", rate(4 * rounds, begun))
         assert not failures and len(queues) == 4
         bdev.open().close()  # a queue is free again
     assert image.read_bytes() == b"".join(expected[number] for number in range(4))
@@ -317,7 +329,7 @@ def big(serve, folder):
         yield controller, channel, image
 
 
-def test_batches_of_random_reads_in_place_and_bounced(big, record_property):
+def test_batches_of_random_reads_in_place_and_bounced(big, figure):
     controller, channel, image = big
     content = image.read_bytes()
     offsets = random_offsets(image, 20_000)
@@ -326,7 +338,7 @@ def test_batches_of_random_reads_in_place_and_bounced(big, record_property):
     into = bytearray(len(expected))
     begun = time.perf_counter()
     batch = channel.read_batch(offsets, BLOCK, into)
-    record_property("bounced", rate(20_000, begun))
+    figure("bounced", rate(20_000, begun))
     batch.raise_for_status()
     assert not any(batch.status) and len(batch) == 20_000
     assert into == expected
@@ -337,11 +349,11 @@ def test_batches_of_random_reads_in_place_and_bounced(big, record_property):
             channel.read_batch(offsets[i : i + 5_000], BLOCK, buffer).raise_for_status()
             with memoryview(buffer) as view:
                 assert view == expected[i * BLOCK : (i + 5_000) * BLOCK]
-    record_property("in place", rate(20_000, begun))
+    figure("in place", rate(20_000, begun))
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_batches_of_random_writes_in_place_and_bounced(big, in_place, record_property):
+def test_batches_of_random_writes_in_place_and_bounced(big, in_place, figure):
     controller, channel, image = big
     expected, step = bytearray(image.read_bytes()), 10_000
     offsets, data = random_offsets(image, 20_000), os.urandom(20_000 * BLOCK)
@@ -356,7 +368,7 @@ def test_batches_of_random_writes_in_place_and_bounced(big, in_place, record_pro
                 channel.write_batch(offsets[i : i + step], BLOCK, buffer).raise_for_status()
     else:
         channel.write_batch(offsets, BLOCK, data).raise_for_status()
-    record_property("rate", rate(20_000, begun))
+    figure("rate", rate(20_000, begun))
     assert image.read_bytes() == expected
 
 
@@ -392,17 +404,24 @@ def test_a_batch_tells_which_item_failed_and_does_the_others(serve, image, in_pl
 
 @pytest.mark.parametrize("poll_ns", [NEVER_SLEEPS, SLEEPS_AT_ONCE])
 @pytest.mark.parametrize("wait, reads", [("adaptive", 5_000), ("poll", 5_000), ("event", 20_000)])
-def test_no_completion_is_missed_however_both_sides_wait(serve, image, wait, reads, poll_ns, record_property):
+def test_no_completion_is_missed_however_both_sides_wait(serve, image, wait, reads, poll_ns, figure):
     content, chance = image.read_bytes(), random.Random(wait)
     daemon = serve(file_node(image), poll_ns=poll_ns)
     with attach(daemon) as controller, disk(controller).open(wait=wait, timeout=5) as channel:
-        into, asleep, begun = bytearray(BLOCK), daemon.switches(), time.perf_counter()
+        into, begun = bytearray(BLOCK), time.perf_counter()
+        theirs, ours = daemon.switches(), resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
         for _ in range(reads):
             offset = chance.randrange(len(content) // BLOCK) * BLOCK
             channel.readinto(offset, into)
             assert into == content[offset : offset + BLOCK]
-        record_property("rate", rate(reads, begun))
-        record_property("the daemon slept", f"{(daemon.switches() - asleep) / reads:.2f} times a read")
+        figure("rate", rate(reads, begun))
+        theirs = daemon.switches() - theirs
+        ours = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - ours
+        figure("sleeps a read", f"{ours / reads:.2f} here, {theirs / reads:.2f} in the daemon's threads")
+        if wait == "event":
+            assert ours > reads / 2  # and was woken by a completion
+        if poll_ns == SLEEPS_AT_ONCE:
+            assert theirs > reads / 2  # and was woken by a kick
 
 
 # What is refused.
@@ -484,12 +503,11 @@ def test_the_program_refuses_them_in_one_line(daemon, image, folder):
 
 
 @pytest.fixture
-def noticed(record_property):
+def noticed(figure):
     """Call it with when the back end was killed, and when that was noticed."""
 
     def record(killed, end):
-        print(f"noticed {(end - killed) * 1e3:.1f} ms after the kill")
-        record_property("noticed", end - killed)
+        figure("noticed after", f"{(end - killed) * 1e3:.1f} ms")
         assert 0 < end - killed < PROMPTLY
 
     return record
@@ -713,7 +731,7 @@ def test_a_disk_of_4096_byte_blocks_has_a_grid_of_4096(serve, image, folder):
     assert sha256(copy) == sha256(image)
 
 
-@pytest.mark.parametrize("queue_size", [None, 4, 64, 256, 1024])
+@pytest.mark.parametrize("queue_size", [64, 256, 1024])
 @pytest.mark.parametrize("queues", [1, 2, 3, 4])
 def test_queues_of_any_number_and_size_move_the_right_bytes(daemon, image, queues, queue_size):
     content = image.read_bytes()
@@ -752,7 +770,7 @@ def test_of_a_disk_with_one_queue_there_is_one_to_have(serve, image):
 # Coming and going.
 
 
-def test_attaching_fifty_times_leaves_nothing_behind(daemon, image, record_property):
+def test_attaching_fifty_times_leaves_nothing_behind(daemon, image, figure):
     def once():
         with attach(daemon, queues=4) as controller, disk(controller).open() as channel:
             assert channel.read(MIB, MIB) == expected
@@ -767,9 +785,9 @@ def test_attaching_fifty_times_leaves_nothing_behind(daemon, image, record_prope
         before, begun = resident(), time.perf_counter()
         for _ in range(50):
             once()
-        record_property("attached", rate(50, begun))
+        figure("attached", rate(50, begun))
         gc.collect()
-        record_property("grew by", f"{(resident() - before) >> 10} KiB")
+        figure("grew by", f"{(resident() - before) >> 10} KiB")
         assert resident() - before < 4 * MIB
 
 
@@ -806,7 +824,7 @@ def test_the_child_of_a_fork_has_no_part_in_its_parents_device(serve, image):
         with open(ours, "rb") as pipe:
             said = pipe.read().decode()
         os.waitpid(child, 0)
-        assert daemon.switches() == before  # nothing has reached it
+        assert daemon.switches() <= before  # nothing has reached it; a worker may have ended
         assert said == "this controller belongs to the parent of process N: attach again here\n" * 5
         for offset in range(0, MIB, BLOCK):
             assert channel.read(offset, BLOCK) == content[offset : offset + BLOCK]

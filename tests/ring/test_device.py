@@ -236,6 +236,31 @@ def test_what_was_popped_does_not_change_with_its_descriptor(memory):
     assert (ring.gather(0, 4), ring.scatter(0, b"done"), ring.readable, ring.writable) == (b"data", 4, 4, 4)
 
 
+ADDRESSES = st.sampled_from([GUEST, GUEST + DATA, GUEST + TABLE, GUEST + 0xFFF0, GUEST - 1, 0, 2**64 - 1])
+LENGTHS = st.sampled_from([0, 1, 16, 32, 48, 0x8000, 0x10000, 2**32 - 1])
+DESCRIPTORS = st.lists(
+    st.tuples(st.integers(0, 4), ADDRESSES, LENGTHS, st.integers(0, 7), st.integers(0, 5)), max_size=8
+)
+
+
+@settings(max_examples=500)
+@given(table=DESCRIPTORS, inner=DESCRIPTORS, heads=st.lists(st.integers(0, 5), max_size=5))
+def test_whatever_a_driver_writes_is_refused_or_lies_in_its_memory(table, inner, heads):
+    memory = memoryview(bytearray(0x10000))
+    driver, ring = pair(memory, 4)
+    for descriptor in table:
+        driver.describe(*descriptor)
+    for descriptor in inner:
+        driver.describe(*descriptor, at=TABLE)
+    driver.offer(*heads)
+    while (head := ring.pop()) >= 0:
+        views = [*ring.readable_views(0, 2**32), *ring.writable_views(0, 2**32)]
+        assert sum(map(len, views)) == ring.readable + ring.writable
+        ring.scatter(0, b"x" * 100)
+        ring.push(head, 0)
+    assert head == -1 or ring.fault()
+
+
 def test_a_map_refuses_what_cannot_be_an_address():
     byte = memoryview(bytearray(1))
     with pytest.raises(ValueError, match="past the end|pass the end"):

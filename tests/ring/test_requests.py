@@ -555,3 +555,24 @@ def test_data_of_a_fixed_length_does_not_follow_the_range():
         assert bytes(bench.at(header[0] + 29, 4)) == (nbytes >> 9).to_bytes(4, "big")
         bench.answer(head, bytes(12))
         assert len(bench.queue.poll()) == 1
+
+
+def test_a_part_sent_again_takes_its_place_and_no_other_is_lost():
+    bench = Bench(8)
+    data = bench.pool.take(512 * 20)
+    task = Task(READ, memoryview(array("Q", range(0, 512 * 20, 512))), 512, 512, base=data.offset)
+    failed: set[int] = set()
+    while bench.queue.run(task, 1000, 0) in (requests.IDLE, requests.FAULT):
+        for finished in bench.queue.faults():
+            assert finished.token not in failed
+            failed.add(finished.token)
+            task.again(finished.token)
+        for head in bench.arrivals():
+            header, body, _ = bench.chain(head)
+            (sector,) = struct.unpack_from("<Q", bench.at(header[0], 16), 8)
+            assert body[0] == IOVA + data.offset + 512 * sector
+            good = sector in failed or sector % 3
+            bench.answer(head, b"\0" if good else b"\1", bytes([sector]) * 512)
+    assert failed == {0, 3, 6, 9, 12, 15, 18}
+    assert list(task.status) == [0] * 20 and task.active == 0
+    assert bytes(data.view()[::512]) == bytes(range(20))

@@ -4,6 +4,7 @@ import os
 import struct
 
 import pytest
+from hypothesis import given, strategies as st
 
 from tests.target.perform import perform
 from virtio.errors import ProtocolError
@@ -109,6 +110,18 @@ def test_ranges_are_checked_before_any_is_touched(device, kind, ranges, status):
     readable = [header(kind), ranges] if ranges else [header(kind)]
     assert perform(device.handle, readable, [1]) == (1, [status])
     assert (perform(device.handle, [header(IN)], [512, 1])[1][0] == bytes(512)) == (status == OK)
+
+
+@given(
+    kind=st.sampled_from([*range(16), 2**32 - 1]),
+    sector=st.sampled_from([0, 1, 2047, 2048, 2**55, 2**64 - 1]),
+    data=st.binary(max_size=64) | st.sampled_from([bytes(512), sectors(0, 1), sectors(2**63, 2**32 - 1, 3)]),
+    writable=st.lists(st.sampled_from([1, 20, 512]), min_size=1, max_size=3),
+)
+def test_any_request_at_all_gets_a_status(kind, sector, data, writable):
+    device = BlkDevice(MemoryStore(MIB), queues=1)
+    length, parts = perform(device.handle, [header(kind, sector), data] if data else [header(kind)], writable)
+    assert length == sum(writable) and parts[-1][-1:] in (OK, IOERR, UNSUPP)
 
 
 def test_a_read_only_disk_is_not_written():

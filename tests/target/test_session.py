@@ -1,5 +1,6 @@
 """The back end's side of a vhost-user connection: messages in, replies out, descriptors closed."""
 
+import contextlib
 import gc
 import os
 import select
@@ -9,6 +10,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given, settings, strategies as st
 
 from tests.target import front_end as fe
 from tests.target.front_end import GUEST, USER, FrontEnd, eventfd, state, u64
@@ -132,6 +134,34 @@ BAD = {
 def test_a_message_that_may_not_be_is_refused(session, request_, payload):
     with pytest.raises(ProtocolError):
         say(session, request_, payload)
+
+
+@settings(max_examples=300)
+@given(
+    messages=st.lists(
+        st.tuples(
+            st.integers(0, 45),
+            st.binary(max_size=64)
+            | st.builds(state, st.integers(0, 5), st.integers(0, 70000))
+            | st.just(u64(0)),
+            st.integers(0, 2),
+        ),
+        max_size=10,
+    )
+)
+def test_any_message_at_all_is_answered_or_refused_and_its_descriptors_closed(messages):
+    before = descriptors()
+    ours, theirs = socket.socketpair()
+    store = MemoryStore(1 << 20)
+    session = Session(ours, BlkDevice(store, queues=4))
+    session.handle(Message(fe.SET_PROTOCOL_FEATURES, 1, u64(EVERYTHING)))
+    with contextlib.suppress(ProtocolError):
+        for request, payload, fds in messages:
+            session.handle(Message(request, 9, payload, tuple(os.memfd_create("any") for _ in range(fds))))
+    session.close()
+    theirs.close()
+    store.close()
+    assert descriptors() == before
 
 
 GATED = [fe.GET_QUEUE_NUM, fe.GET_CONFIG, fe.SET_CONFIG, fe.RESET_DEVICE, fe.GET_MAX_MEM_SLOTS,

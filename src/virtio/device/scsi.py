@@ -54,21 +54,28 @@ _ANY_BLOCKS = 1 << 22  # of one UNMAP or WRITE SAME, where the unit sets no limi
 _SECTOR = 512  # the unit of max_sectors
 
 _INVALID_COMMAND = 0x20  # additional sense code of an operation that the unit does not know
-_BY_KEY = {
-    SenseKey.NOT_READY: errno.ENXIO,
-    SenseKey.DATA_PROTECT: errno.EROFS,
-    SenseKey.ILLEGAL_REQUEST: errno.EINVAL,
-    SenseKey.UNIT_ATTENTION: errno.EAGAIN,
+# What an answer means: the nearest errno, and whether the same request may be sent again: where nothing
+# was done, or doing it twice does no harm (SAM-5, 5.3 and 5.14; virtio 5.6.6.1). All else is EIO, and final.
+_BY_KEY: dict[int, tuple[int, bool]] = {
+    SenseKey.NOT_READY: (errno.ENXIO, False),
+    SenseKey.ILLEGAL_REQUEST: (errno.EINVAL, False),
+    SenseKey.UNIT_ATTENTION: (errno.EAGAIN, True),
+    SenseKey.DATA_PROTECT: (errno.EROFS, False),
+    SenseKey.ABORTED_COMMAND: (errno.ECANCELED, True),
+    SenseKey.MISCOMPARE: (errno.EILSEQ, False),
 }
-_BY_STATUS: dict[int, int] = {
-    scsi.Status.BUSY: errno.EBUSY,
-    scsi.Status.TASK_SET_FULL: errno.EBUSY,
-    scsi.Status.RESERVATION_CONFLICT: errno.EBUSY,
+_BY_STATUS: dict[int, tuple[int, bool]] = {
+    scsi.Status.BUSY: (errno.EBUSY, True),
+    scsi.Status.TASK_SET_FULL: (errno.EBUSY, True),
+    scsi.Status.RESERVATION_CONFLICT: (errno.EBUSY, False),
+    scsi.Status.TASK_ABORTED: (errno.ECANCELED, False),
 }
-_BY_RESPONSE: dict[int, int] = {
-    ResponseCode.BAD_TARGET: errno.ENODEV,
-    ResponseCode.INCORRECT_LUN: errno.ENODEV,
-    ResponseCode.BUSY: errno.EBUSY,
+_BY_RESPONSE: dict[int, tuple[int, bool]] = {
+    ResponseCode.BAD_TARGET: (errno.ENODEV, False),
+    ResponseCode.INCORRECT_LUN: (errno.ENODEV, False),
+    ResponseCode.BUSY: (errno.EBUSY, True),
+    ResponseCode.RESET: (errno.ECANCELED, False),
+    ResponseCode.ABORTED: (errno.ECANCELED, False),
 }
 
 
@@ -282,33 +289,25 @@ def _explain(finished: Finished, offset: int) -> DeviceError:
         words = "the device completed the request without writing a response"
         return DeviceError(errno.EIO, words, offset=offset)
     response = Response.decode(finished.response)
+    code, transient, sense = errno.EIO, False, b""
     if response.response != ResponseCode.OK:
-        code = _BY_RESPONSE.get(response.response, errno.EIO)
-        return DeviceError(
-            code,
-            f"virtio-scsi response {_name(ResponseCode, response.response)}",
-            offset=offset,
-            status=response.status,
-        )
-    if response.status == scsi.Status.CHECK_CONDITION:
-        sense = Sense.decode(response.sense)
-        code = _BY_KEY.get(sense.key, errno.EIO)
-        return DeviceError(
-            errno.EOPNOTSUPP if sense.asc == _INVALID_COMMAND else code,
-            sense.describe(),
-            offset=offset,
-            status=response.status,
-            sense=response.sense,
-        )
-    if response.status != scsi.Status.GOOD:
-        return DeviceError(
-            _BY_STATUS.get(response.status, errno.EIO),
-            f"SCSI status {_name(scsi.Status, response.status)}",
-            offset=offset,
-            status=response.status,
-        )
-    words = f"the device moved {response.residual} bytes less than asked for"
-    return DeviceError(errno.EIO, words, offset=offset)
+        code, transient = _BY_RESPONSE.get(response.response, (code, transient))
+        words = f"virtio-scsi response {_name(ResponseCode, response.response)}"
+    elif response.status == scsi.Status.CHECK_CONDITION:
+        sense = response.sense
+        decoded = Sense.decode(sense)
+        code, transient = _BY_KEY.get(decoded.key, (code, transient))
+        if decoded.asc == _INVALID_COMMAND:
+            code = errno.EOPNOTSUPP
+        words = decoded.describe()
+    elif response.status != scsi.Status.GOOD:
+        code, transient = _BY_STATUS.get(response.status, (code, transient))
+        words = f"SCSI status {_name(scsi.Status, response.status)}"
+    else:
+        words = f"the device moved {response.residual} bytes less than asked for"
+    return DeviceError(
+        code, words, offset=offset, status=response.status, sense=sense, transient=transient
+    )
 
 
 def _name(numbers: type[enum.IntEnum], value: int) -> str:

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from virtio.ring.buffer import Buffer
 
 _RETIRE_S = 5.0
+_TRIES = 8  # of a request that a transient error hits
+_PAUSE_S = 0.001  # before the second try; longer before each further one
 _SLICE_NS = 20_000_000  # how long a compiled loop may keep a Ctrl-C waiting
 
 
@@ -199,6 +201,7 @@ class Lease:
         watch: Callable[[], int | None] | None,
     ) -> DeviceError | None:
         first, error = task.total, None
+        tries: dict[int, int] = {}
         while True:
             reason = self.queue.run(task, _SLICE_NS, spin_ns)
             if reason == DONE:
@@ -206,6 +209,9 @@ class Lease:
             if reason == FAULT:
                 for finished in self.queue.faults():
                     failure = explain(finished, task.offset(finished.token))
+                    if failure.transient and task.load is None and self._try_again(finished.token, tries):
+                        task.again(finished.token)
+                        continue
                     task.fail(finished.token, failure.errno or 0)
                     if finished.token < first:
                         first, error = finished.token, failure
@@ -222,6 +228,15 @@ class Lease:
                 self._check_deadline(deadline, self.queue.in_flight)
                 if reason == IDLE:
                     self.sleep(deadline)
+
+    def _try_again(self, part: int, tries: dict[int, int]) -> bool:
+        """Whether a part that a transient error hit is worth another try; waits a little before."""
+        tries[part] = tries.get(part, 0) + 1
+        if tries[part] > _TRIES:
+            return False
+        if tries[part] > 1:
+            time.sleep(_PAUSE_S * tries[part])
+        return True
 
     def sleep(self, deadline: int | None) -> None:
         """Sleep until the device has completed something, the deadline, or the device's end."""

@@ -63,7 +63,9 @@ cdef class Task:
     cdef Mem _offsets, _user, _status, _left, _cells
     cdef int _mode
     cdef uint64_t _base, _depth
-    cdef uint32_t _free_cells
+    cdef object _again_array
+    cdef Mem _again
+    cdef uint32_t _free_cells, _again_count
 
     @cython.locals(item=uint64_t, left=uint32_t)
     cdef void _finish(self, uint64_t part, bint good) noexcept nogil

@@ -212,6 +212,9 @@ class Task:
         self._cell_array = array("Q", [base + cell * part_bytes for cell in range(cells)])
         self._cells = window(self._cell_array) if cells else null()
         self._free_cells = cells
+        self._again_array = array("Q")
+        self._again = null()
+        self._again_count = 0
 
     def offset(self, part: int) -> int:
         """The byte on the disk where a part begins."""
@@ -234,6 +237,14 @@ class Task:
             self.status[item] = -code
         self._finish(part, False)
         return first
+
+    def again(self, part: int) -> None:
+        """Send a part that came back with a fault once more; for parts of no load."""
+        del self._again_array[self._again_count :]
+        self._again_array.append(part)
+        self._again = window(self._again_array)
+        self._again_count += 1
+        self.active -= 1
 
     def _finish(self, part: int, good: bool) -> None:
         """One part less to wait for; the last good part of an item makes its status 0."""
@@ -513,10 +524,15 @@ class RequestQueue:
         if task._mode == _LOADED:
             return self._fill_load(task)
         count = 0
-        while task.started < task.total and self._free_count and task.active < task._depth:
+        while self._free_count and task.active < task._depth:
             if task._mode == _BOUNCED and task._free_cells == 0:
                 break
-            part = task.started
+            if task._again_count:
+                part = load_u64(task._again, 8 * (task._again_count - 1))
+            elif task.started < task.total:
+                part = task.started
+            else:
+                break
             item = part // task.parts
             within = (part - item * task.parts) * task.part_bytes
             nbytes = task.item_bytes - within
@@ -534,7 +550,10 @@ class RequestQueue:
             offset = load_u64(task._offsets, 8 * item) + within
             if self._start(task.template, offset, nbytes, data, part, _TASK) < 0:
                 return _MISFIT
-            task.started += 1
+            if task._again_count:
+                task._again_count -= 1
+            else:
+                task.started += 1
             task.active += 1
             count += 1
         return count

@@ -42,13 +42,15 @@ class _Commands(click.Group):
             formatter.write_dl(list(_COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Errors as one line. Here, since click takes any EPIPE for that of our own output."""
+        """Errors as one line. Here, since click takes any EPIPE for one of our own output."""
         try:
             return super().invoke(ctx)
         except VirtioError as error:
             raise click.ClickException(words(error)) from error
         except MemoryError as error:
             raise click.ClickException("out of memory") from error
+        except KeyboardInterrupt:
+            raise click.Abort from None  # which says nothing
 
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

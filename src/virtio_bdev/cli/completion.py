@@ -9,12 +9,10 @@ from click.shell_completion import get_completion_class
 @click.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def command(shell: str) -> None:
-    """Print the completion script of SHELL, for its start-up file.
+    """Print the completion script of SHELL.
 
-    \b
-    bash: eval "$(virtio-bdev completion bash)" in ~/.bashrc
-    zsh:  eval "$(virtio-bdev completion zsh)" in ~/.zshrc
-    fish: virtio-bdev completion fish > ~/.config/fish/completions/virtio-bdev.fish
+    For bash, in ~/.bashrc: eval "$(virtio-bdev completion bash)". For zsh likewise in ~/.zshrc. For
+    fish, as a file virtio-bdev.fish in ~/.config/fish/completions.
     """
     from virtio_bdev.cli import cli
 
