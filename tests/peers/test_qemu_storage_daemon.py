@@ -419,9 +419,7 @@ def test_no_completion_is_missed_however_both_sides_wait(serve, image, wait, rea
         ours = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - ours
         figure("sleeps a read", f"{ours / reads:.2f} here, {theirs / reads:.2f} in the daemon's threads")
         if wait == "event":
-            assert ours > reads / 2  # and was woken by a completion
-        if poll_ns == SLEEPS_AT_ONCE:
-            assert theirs > reads / 2  # and was woken by a kick
+            assert ours > reads / 10  # and was woken by the device's call
 
 
 # What is refused.

@@ -29,8 +29,9 @@ from virtio.ring.requests import (
 )
 
 IOVA = 1 << 32
-BLK = Layout(16, 16, 1, 0, 1, response_first=False)
-SCSI = Layout(51, 0, 108, 4, 8, response_first=True)
+SCSI_MASK = 0xFFFF_0000_FFFF_FFFF  # all of it but the status qualifier
+BLK = Layout(16, 16, 1, 0, 0xFF, response_first=False)
+SCSI = Layout(51, 0, 108, 4, SCSI_MASK, response_first=True)
 SECTOR = Patch(OFFSET, 8, 8, shift=9)
 NEXT, WRITE, INDIRECT = 1, 2, 4
 
@@ -576,3 +577,21 @@ def test_a_part_sent_again_takes_its_place_and_no_other_is_lost():
     assert failed == {0, 3, 6, 9, 12, 15, 18}
     assert list(task.status) == [0] * 20 and task.active == 0
     assert bytes(data.view()[::512]) == bytes(range(20))
+
+
+def test_bits_outside_the_mask_decide_nothing():
+    """A target may leave the status qualifier of a good response unwritten."""
+    bench = Bench(layout=SCSI)
+    template = Template(bytes(51))
+    # sense length 4, residual 4, qualifier 2, status, response
+    responses = {
+        b"\0\0\0\0" + b"\0\0\0\0" + b"\xff\xff" + b"\0" + b"\0": 0,
+        b"\0\0\0\0" + b"\1\0\0\0" + b"\xff\xff" + b"\0" + b"\0": 1,
+        b"\0\0\0\0" + b"\0\0\0\0" + b"\xff\xff" + b"\2" + b"\0": 2 << 48,
+        b"\0\0\0\0" + b"\xff\xff\xff\xff" + b"\xff\xff" + b"\xff" + b"\xff": SCSI_MASK,
+    }
+    for response, result in responses.items():
+        bench.queue.submit(template, 0, 0, 0, 0)
+        bench.queue.kick()
+        bench.answer(bench.arrivals()[0], response)
+        assert [f.result for f in bench.queue.poll()] == [result]

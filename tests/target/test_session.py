@@ -150,7 +150,7 @@ def test_a_message_that_may_not_be_is_refused(session, request_, payload):
     )
 )
 def test_any_message_at_all_is_answered_or_refused_and_its_descriptors_closed(messages):
-    before = descriptors()
+    before = len(os.listdir("/proc/self/fd"))
     ours, theirs = socket.socketpair()
     store = MemoryStore(1 << 20)
     session = Session(ours, BlkDevice(store, queues=4))
@@ -161,7 +161,7 @@ def test_any_message_at_all_is_answered_or_refused_and_its_descriptors_closed(me
     session.close()
     theirs.close()
     store.close()
-    assert descriptors() == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # less if garbage of another test is found
 
 
 GATED = [fe.GET_QUEUE_NUM, fe.GET_CONFIG, fe.SET_CONFIG, fe.RESET_DEVICE, fe.GET_MAX_MEM_SLOTS,

@@ -68,7 +68,7 @@ class BlkDevice(Device):
         payload=_RANGE,
         response=1,
         result_offset=0,
-        result_width=1,
+        result_mask=0xFF,
         response_first=False,
     )
 

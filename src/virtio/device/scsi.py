@@ -46,7 +46,8 @@ _UNMAP_BYTES = 24  # UNMAP's parameters for one range (SBC-3, 5.28)
 _CDB_AT = 19  # where the command begins in a request (5.6.6.1)
 _TAG = Patch(TAG, 8, 8)
 _RESULT_AT = 4  # residual, status qualifier, status and response: 0 when all is well
-_UNWRITTEN = (1 << 64) - 1
+_RESULT_MASK = 0xFFFF_0000_FFFF_FFFF  # but for the qualifier, which SPDK's target leaves unwritten
+_UNWRITTEN = _RESULT_MASK
 _DEVICE_BITS = 0xFFFFFF  # feature bits whose meaning the device type decides (6)
 _NOT_SCSI = _DEVICE_BITS & ~0xF  # those that virtio-scsi has no names for
 _AT_ONCE = 32  # conversations under way during discovery
@@ -90,7 +91,7 @@ class ScsiDevice(Device):
         payload=_UNMAP_BYTES,
         response=12 + SENSE_SIZE,
         result_offset=_RESULT_AT,
-        result_width=8,
+        result_mask=_RESULT_MASK,
         response_first=True,
     )
 

@@ -87,6 +87,7 @@ cdef class RequestQueue:
     cdef uint64_t _page_mask, _sequence
     cdef size_t _slots_at, _stride, _response_at, _table_at, _result_at, _response_bytes
     cdef bint _result_wide, _response_first
+    cdef uint64_t _result_mask
     cdef uint32_t _chain, _free_count, _fault_count, _ended_first, _ended_count
 
     @cython.locals(reason=int)
@@ -122,7 +123,7 @@ cdef class RequestQueue:
     @cython.locals(count=uint32_t, head=int, slot=uint32_t, record=size_t, result=uint64_t,
                    state=uint32_t, last=uint32_t)
     cdef int _collect(self, Task task) noexcept nogil
-    @cython.locals(place=size_t)
+    @cython.locals(place=size_t, result=uint64_t)
     cdef uint64_t _result(self, uint32_t slot) noexcept nogil
     @cython.locals(part=uint64_t, data=uint64_t, item=uint64_t, place=uint64_t, nbytes=uint64_t)
     cdef void _complete(self, Task task, size_t record) noexcept nogil

@@ -99,16 +99,17 @@ class Patch(NamedTuple):
 class Layout(NamedTuple):
     """What the requests of one kind of device look like in memory; sizes in bytes.
 
-    The result is `result_width` (1 or 8) bytes at `result_offset` of the response, little-endian,
-    0 when all went well. `response_first`: the response comes before the data read (virtio-scsi,
-    5.6.6.1), not after it (virtio-blk, 5.2.6).
+    The result is one byte, or eight where the mask is wider than one, at `result_offset` of the
+    response, little-endian; all went well when the bits of `result_mask` in it are 0.
+    `response_first`: the response comes before the data read (virtio-scsi, 5.6.6.1), not after it
+    (virtio-blk, 5.2.6).
     """
 
     request: int
     payload: int
     response: int
     result_offset: int
-    result_width: int
+    result_mask: int
     response_first: bool
 
 
@@ -343,7 +344,8 @@ class RequestQueue:
         self._slots_at = memory.offset + end
         self._stride, self._response_at, self._table_at = stride, response, table
         self._result_at = response + layout.result_offset
-        self._result_wide = layout.result_width == 8
+        self._result_mask = layout.result_mask
+        self._result_wide = layout.result_mask > 0xFF
         self._response_bytes = layout.response
         self._response_first = layout.response_first
         self._chain = 2 + segments
@@ -749,7 +751,8 @@ class RequestQueue:
 
     def _result(self, slot: int) -> int:
         place = self._slots_at + self._stride * slot + self._result_at
-        return load_u64(self._region, place) if self._result_wide else load_u8(self._region, place)
+        result = load_u64(self._region, place) if self._result_wide else load_u8(self._region, place)
+        return result & self._result_mask
 
     def _complete(self, task: Task, record: int) -> None:
         part = load_u64(self._records, record + _TOKEN)

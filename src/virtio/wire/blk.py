@@ -82,8 +82,11 @@ def decode_ranges(payload: bytes) -> list[Range]:
 
 
 def decode_id(data: bytes) -> str:
-    """What GET_ID returned: ASCII ended by NUL or by its 20 bytes; others become U+FFFD (5.2.6)."""
-    return bytes(data[:ID_SIZE]).partition(b"\0")[0].decode("ascii", "replace")
+    """What GET_ID returned: ASCII ended by NUL or by its 20 bytes; others become U+FFFD (5.2.6).
+
+    SPDK's target pads it with spaces, which are left out.
+    """
+    return bytes(data[:ID_SIZE]).partition(b"\0")[0].decode("ascii", "replace").rstrip(" ")
 
 
 def encode_id(text: str) -> bytes:

@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
-from virtio_bdev import Bdev, Controller
-from virtio_bdev.cli.trace import verbose_option
+from virtio_bdev import Bdev, Channel, Controller, DeviceError, RequestTimeout
+from virtio_bdev.cli.trace import verbose_option, words
 from virtio_bdev.config import DEV_TYPES, OPTIONS, BdevSpec, Option
 
 CHUNK = 8 << 20  # bytes that `read` and `write` move at a time: eight requests of 1 MiB
@@ -112,7 +112,17 @@ def choose(controller: Controller, name: str | None) -> Bdev:
 
 
 @contextlib.contextmanager
-def progress(words: str, total: int | None) -> Iterator[Callable[[int], None]]:
+def channel_to(bdev: Bdev, timeout: float) -> Iterator[Channel]:
+    """A channel, and errors that name its disk."""
+    with bdev.open(timeout=timeout) as channel:
+        try:
+            yield channel
+        except (DeviceError, RequestTimeout) as error:
+            raise click.ClickException(f"{bdev.name}: {words(error)}") from error
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal, nothing elsewhere; call what it yields with each number of bytes."""
     if not sys.stderr.isatty():
         yield lambda nbytes: None
@@ -128,12 +138,12 @@ def progress(words: str, total: int | None) -> Iterator[Callable[[int], None]]:
     )
 
     columns = (
-        TextColumn(words),
+        TextColumn(title),
         BarColumn(),
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(words, total=total)
+        task = bar.add_task(title, total=total)
         yield lambda nbytes: bar.advance(task, nbytes)

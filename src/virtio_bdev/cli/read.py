@@ -7,7 +7,7 @@ import os
 import click
 
 from virtio_bdev.cli.files import opened
-from virtio_bdev.cli.options import CHUNK, SIZE, choose, device_options, progress
+from virtio_bdev.cli.options import CHUNK, SIZE, channel_to, choose, device_options, progress
 from virtio_bdev.config import BdevSpec
 
 
@@ -27,7 +27,7 @@ def command(spec: BdevSpec, disk: str | None, offset: int, length: int | None, o
         bdev.check(offset, left)
         with (
             opened(output or "-", write=True) as file,
-            bdev.open(timeout=spec.timeout) as channel,
+            channel_to(bdev, spec.timeout) as channel,
             controller.buffer(CHUNK) as buffer,
             progress(f"reading {bdev.name}", left) as advance,
         ):

@@ -6,7 +6,7 @@ import click
 
 from virtio_bdev import Bdev, RequestError
 from virtio_bdev.cli.files import opened
-from virtio_bdev.cli.options import CHUNK, SIZE, choose, device_options, progress
+from virtio_bdev.cli.options import CHUNK, SIZE, channel_to, choose, device_options, progress
 from virtio_bdev.config import BdevSpec
 
 
@@ -25,7 +25,7 @@ def command(spec: BdevSpec, disk: str | None, offset: int, source: str, pad: str
         total = file.left()
         _check(bdev, offset, total or 0, pad)
         with (
-            bdev.open(timeout=spec.timeout) as channel,
+            channel_to(bdev, spec.timeout) as channel,
             controller.buffer(CHUNK) as buffer,
             progress(f"writing {bdev.name}", total) as advance,
         ):
