@@ -63,9 +63,10 @@ class Controller(Mapping[str, Bdev]):
         self._lock = threading.Lock()
         self._leases: dict[int, tuple[Lease, int]] = {}  # by thread: lease and its channels
         self._free = list(reversed(device.leases))
-        self._closed = False
+        self._closed = True  # until it holds something
         disks = device.discover(deadline)
         self._bdevs = {name + disk.place: Bdev(self, disk, name + disk.place) for disk in disks}
+        self._closed = False
 
     def buffer(self, nbytes: int) -> Buffer:
         """DMA memory that any channel of this controller moves data to and from without a copy.

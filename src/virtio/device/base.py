@@ -21,6 +21,7 @@ from virtio.wire.virtio import Feature
 
 from .disk import Disk
 
+DEVICE_BITS = 0xFFFFFF  # feature bits whose meaning the device type decides (6)
 QUEUE_SIZE = 256
 SMALL_QUEUE_SIZE = 128  # where the usual size is refused
 POOL_BYTES = 64 << 20  # what is not touched costs nothing; SPDK's target fails with small regions

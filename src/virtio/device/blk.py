@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from virtio.errors import DeviceError, ProtocolError
+from virtio.errors import DeviceError, ProtocolError, RequestTimeout, TransportError, VirtioError
 from virtio.ring.lease import Lease
 from virtio.ring.requests import (
     FROM_DEVICE,
@@ -30,13 +30,15 @@ from virtio.wire.blk import (
     decode_id,
 )
 from virtio.wire.virtio import feature_names
+from virtio.wire.virtio_scsi import ScsiFeature
 
-from .base import Device
+from .base import DEVICE_BITS, Device
 from .disk import Disk, Limits
 
 _HEADER = RequestHeader.FORMAT.size
 _RANGE = Range.FORMAT.size
 _SHIFT = 9  # bytes to sectors
+_SCSI_BITS = 0xF  # of the feature bits, those that virtio-scsi has
 _MAX_BLOCK = 1 << 20
 _MAX_BYTES = 2**63 - 1  # so that every offset is a signed 64-bit number
 _MAX_SECTORS = 0xFFFFFFFF  # in a Range
@@ -75,8 +77,11 @@ class BlkDevice(Device):
     config: BlkConfig
 
     def _configure(self) -> None:
-        own = self.features & 0xFFFFFF
-        config = BlkConfig.decode(self.transport.read_config(config_span(own)), own)
+        own = self.features & DEVICE_BITS
+        try:
+            config = BlkConfig.decode(self.transport.read_config(config_span(own)), own)
+        except (TransportError, ProtocolError) as error:
+            raise self._wondering(error) from error
         self.config = config
         self.block_size = SECTOR_SIZE if config.blk_size is None else config.blk_size
         size = self.block_size
@@ -99,7 +104,22 @@ class BlkDevice(Device):
 
     def discover(self, deadline: int | None) -> list[Disk]:
         """The one disk; its serial is read from it (GET_ID), or empty where there is none."""
-        return [self._disk(self._read_id(self.leases[0], deadline))]
+        try:
+            return [self._disk(self._read_id(self.leases[0], deadline))]
+        except (TransportError, ProtocolError, RequestTimeout) as error:
+            raise self._wondering(error) from error
+
+    def _wondering(self, error: VirtioError) -> VirtioError:
+        """The error, or a better one where the features are rather those of virtio-scsi."""
+        offered = self.transport.offered() & DEVICE_BITS
+        if not offered & ScsiFeature.INOUT or offered & ~_SCSI_BITS:  # no virtio-blk since 1.0 has bit 0
+            return error
+        names = ", ".join(feature_names(offered, ScsiFeature))
+        return TransportError(
+            errno.ENODEV,
+            f"{self.transport.address} is no virtio-blk device ({error}); it offers {names}: looks like "
+            "virtio-scsi; add --dev-type scsi",
+        )
 
     def _disk(self, serial: str) -> Disk:
         config, block = self.config, self.block_size

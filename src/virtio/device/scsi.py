@@ -36,7 +36,7 @@ from virtio.wire.virtio_scsi import (
     encode_lun,
 )
 
-from .base import MAX_TRANSFER, Device
+from .base import DEVICE_BITS, MAX_TRANSFER, Device
 from .disk import Disk, Limits
 from .probe import REPLY_BYTES, Command, Conversation, Reply, Unit, probe_target
 
@@ -48,8 +48,7 @@ _TAG = Patch(TAG, 8, 8)
 _RESULT_AT = 4  # residual, status qualifier, status and response: 0 when all is well
 _RESULT_MASK = 0xFFFF_0000_FFFF_FFFF  # but for the qualifier, which SPDK's target leaves unwritten
 _UNWRITTEN = _RESULT_MASK
-_DEVICE_BITS = 0xFFFFFF  # feature bits whose meaning the device type decides (6)
-_NOT_SCSI = _DEVICE_BITS & ~0xF  # those that virtio-scsi has no names for
+_NOT_SCSI = DEVICE_BITS & ~0xF  # those that virtio-scsi has no names for
 _AT_ONCE = 32  # conversations under way during discovery
 _ANY_BLOCKS = 1 << 22  # of one UNMAP or WRITE SAME, where the unit sets no limit: no long silences
 _SECTOR = 512  # the unit of max_sectors
@@ -117,7 +116,7 @@ class ScsiDevice(Device):
 
     def _guess(self) -> str:
         """What an error may add when the features are rather those of virtio-blk."""
-        offered = self.transport.offered() & _DEVICE_BITS
+        offered = self.transport.offered() & DEVICE_BITS
         if not offered & _NOT_SCSI:
             return ""
         names = ", ".join(feature_names(offered, BlkFeature))
