@@ -21,7 +21,9 @@ def traffic(seed: int, digest) -> None:
     indirect, event_idx = rng.random() < 0.5, rng.random() < 0.5
     size, segments = rng.choice([8, 16, 64]), rng.choice([1, 2, 3])
     scsi = rng.random() < 0.5
-    layout = requests.Layout(*((51, 0, 108, 4, 0xFFFF0000FFFFFFFF, True) if scsi else (16, 16, 1, 0, 0xFF, False)))
+    layout = requests.Layout(
+        *((51, 0, 108, 4, 0xFFFF0000FFFFFFFF, True) if scsi else (16, 16, 1, 0, 0xFF, False))
+    )
     memory = pool.take(requests.queue_bytes(size, layout, segments, indirect))
     queue = requests.RequestQueue(
         memory,

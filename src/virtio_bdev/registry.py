@@ -161,7 +161,7 @@ def attach(
     if dev_type not in _DEVICES:
         raise RequestError(f"dev_type {dev_type!r}, want one of {', '.join(_DEVICES)}")
     kind, _, path = address.partition(":")
-    if kind != "user" or not path:
+    if kind != "user" or not path or "\0" in path:
         raise RequestError(f"address {address!r}, want user:PATH, the path of a vhost-user socket")
     if queue_size is not None and (queue_size & (queue_size - 1) or not 1 < queue_size <= 32768):
         raise RequestError(f"queue_size {queue_size}, want a power of two from 2 to 32768")

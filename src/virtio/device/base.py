@@ -80,7 +80,8 @@ class Device(ABC):
                 self._set_up_queues(count)
                 transport.start()
             except (TransportError, ProtocolError) as error:
-                raise QueueSetupError(errno.EIO, str(error)) from error
+                code = getattr(error, "errno", None) or errno.EIO
+                raise QueueSetupError(code, getattr(error, "strerror", None) or str(error)) from error
         except BaseException:
             self.close()
             raise

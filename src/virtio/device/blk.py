@@ -110,14 +110,15 @@ class BlkDevice(Device):
             raise self._wondering(error) from error
 
     def _wondering(self, error: VirtioError) -> VirtioError:
-        """The error, or a better one where the features are rather those of virtio-scsi."""
+        """The error, or a better one where no feature speaks for virtio-blk."""
         offered = self.transport.offered() & DEVICE_BITS
-        if not offered & ScsiFeature.INOUT or offered & ~_SCSI_BITS:  # no virtio-blk since 1.0 has bit 0
+        if offered & ~_SCSI_BITS:
             return error
-        names = ", ".join(feature_names(offered, ScsiFeature))
+        names = ", ".join(feature_names(offered, ScsiFeature)) or "no feature of virtio-blk"
+        words = getattr(error, "strerror", None) or str(error)
         return TransportError(
             errno.ENODEV,
-            f"{self.transport.address} is no virtio-blk device ({error}); it offers {names}: looks like "
+            f"{self.transport.address} is no virtio-blk device ({words}); it offers {names}: looks like "
             "virtio-scsi; add --dev-type scsi",
         )
 

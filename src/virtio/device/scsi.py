@@ -305,9 +305,7 @@ def _explain(finished: Finished, offset: int) -> DeviceError:
         words = f"SCSI status {_name(scsi.Status, response.status)}"
     else:
         words = f"the device moved {response.residual} bytes less than asked for"
-    return DeviceError(
-        code, words, offset=offset, status=response.status, sense=sense, transient=transient
-    )
+    return DeviceError(code, words, offset=offset, status=response.status, sense=sense, transient=transient)
 
 
 def _name(numbers: type[enum.IntEnum], value: int) -> str:

@@ -60,6 +60,7 @@ def serve(
                 command,
                 stdin=subprocess.PIPE,  # its end is the lifeline
                 stdout=subprocess.PIPE,
+                start_new_session=True,  # so that Ctrl-C is ours to handle first
                 env={**os.environ, "PYTHONPATH": found},
             )
         )
@@ -69,7 +70,8 @@ def serve(
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
+    assert process.stdin is not None
+    process.stdin.close()
     try:
         process.wait(5)
     except subprocess.TimeoutExpired:
@@ -88,5 +90,5 @@ def _await_ready(process: subprocess.Popen[bytes], timeout: float) -> None:
         data = os.read(process.stdout.fileno(), 4096)
         if not data:
             code = process.wait()
-            raise TransportError(None, f"the target ended with exit status {code} at once")
+            raise TransportError(f"the target ended with exit status {code} at once")
         line += data

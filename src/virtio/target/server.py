@@ -125,28 +125,22 @@ def offers(without: Iterable[str]) -> tuple[int, int]:
 
 def _listen(path: str) -> socket.socket:
     """Listen at `path`; the socket of a dead target gives way, nothing else does."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    if os.path.lexists(path):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise TransportError(f"{path} exists and is not a socket")
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)
+            if probe.connect_ex(path) != errno.ECONNREFUSED:  # one with a full backlog lives too
+                raise TransportError(f"{path} belongs to a living process")
+        os.unlink(path)
+    listener = socket.socket(socket.AF_UNIX)
     try:
-        if os.path.lexists(path):
-            _clear(path)
         listener.bind(path)
         listener.listen()
     except OSError as error:
         listener.close()
-        if isinstance(error, TransportError):
-            raise
-        raise TransportError(error.errno or errno.EINVAL, f"{path}: {error.strerror or error}") from error
+        raise TransportError(f"{path}: {error.strerror or error}") from error
     return listener
-
-
-def _clear(path: str) -> None:
-    if not stat.S_ISSOCK(os.lstat(path).st_mode):
-        raise TransportError(errno.EEXIST, f"{path} exists and is not a socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        if probe.connect_ex(path) != errno.ECONNREFUSED:  # a full backlog is alive too
-            raise TransportError(errno.EADDRINUSE, f"{path} belongs to a living process")
-    os.unlink(path)
 
 
 def _accept(

@@ -27,17 +27,21 @@ from virtio.wire.vhost_user import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 T = TypeVar("T")
 
 log = logging.getLogger("virtio.vhost_user")
 
+_MAX_PATH = 107  # bytes in a sockaddr_un, without the NUL
 _MAX_FDS = 64  # more than any peer may send: what comes is counted, and closed
 
 
 def connect(path: str, timeout: float) -> socket.socket:
     """A connected, non-blocking socket; TransportError says what to do about a failure."""
+    if len(os.fsencode(path)) > _MAX_PATH:
+        words = f"cannot connect to {path}: path too long, a socket's has at most {_MAX_PATH} bytes"
+        raise TransportError(errno.ENAMETOOLONG, words)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     deadline = time.monotonic() + timeout
     try:
@@ -150,7 +154,10 @@ class Session:
             try:
                 deadline = time.monotonic() + self.timeout
                 self._send(message, deadline)
-                return decode(self._reply(message, deadline).payload) if decode else None
+                if decode is None:
+                    return None
+                with self._blaming(message):
+                    return decode(self._reply(message, deadline).payload)
             except VirtioError as error:
                 self.error = error
                 raise
@@ -188,27 +195,27 @@ class Session:
                 continue
             if not data:
                 raise self._gone(message)
-            for reply in self._decode(message, data, fds):
+            for reply in self._decoder.feed(data, fds):
                 if log.isEnabledFor(logging.DEBUG):
                     log.debug("< %s", reply.describe())
                 if reply.fds:
                     close_all(reply.fds)
-                    raise ProtocolError(
-                        f"{self.path} answered {message.name} with {len(reply.fds)} descriptors, want none"
-                    )
+                    raise ProtocolError(f"{len(reply.fds)} descriptors came with it, want none")
                 if reply.request != message.request or not reply.flags & REPLY:
                     raise ProtocolError(
-                        f"{self.path} answered {message.name} with {reply.name}, flags "
-                        f"{reply.flags:#x}: want {message.name}, flags {VERSION | REPLY:#x}"
+                        f"it is {reply.name}, flags {reply.flags:#x}, want {message.name}, flags "
+                        f"{VERSION | REPLY:#x}"
                     )
                 return reply
 
-    def _decode(self, message: Message, data: bytes, fds: Sequence[int]) -> list[Message]:
+    @contextlib.contextmanager
+    def _blaming(self, message: Message) -> Iterator[None]:
+        """Let an error about bytes say whose they were, and what they should have answered."""
         try:
-            return self._decoder.feed(data, fds)
+            yield
         except ProtocolError as error:
-            close_all(self._decoder.close())
-            raise ProtocolError(f"{self.path} answered {message.name} badly: {error}") from error
+            doubt = "; is it a vhost-user back end?" if message.request == Request.GET_FEATURES else ""
+            raise ProtocolError(f"{self.path} answered {message.name} badly: {error}{doubt}") from error
 
     def _wait(self, events: int, message: Message, deadline: float) -> None:
         poll = select.poll()
