@@ -204,7 +204,8 @@ class Channel:
         if not 1 <= depth <= most:
             queues = len(self._controller.device.leases)
             raise RequestError(
-                f"{depth} requests in flight, want 1 to {most}: more than {name} takes on each of {queues} queues"
+                f"{depth} requests in flight, want 1 to {most}: more than {name} takes on each of "
+                f"{queues} queues"
             )
         with self._cells(load.nbytes, depth) as cells:
             if write:

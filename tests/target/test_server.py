@@ -271,10 +271,10 @@ def test_features_can_be_left_out(start):
 
 
 def test_the_negotiation_itself_can_be_left_out():
-    features, _ = offers(["PROTOCOL_FEATURES"])
+    features, _ = offers("blk", ["PROTOCOL_FEATURES"])
     assert not features & fe.PROTOCOL_FEATURES
-    with pytest.raises(RequestError, match="'SPEED' is not the name of a feature"):
-        offers(["SPEED"])
+    with pytest.raises(RequestError, match="'HOTPLUG' is not the name of a blk or vhost-user feature"):
+        offers("blk", ["HOTPLUG"])
 
 
 def test_the_socket_of_a_dead_target_gives_way(start):
@@ -321,7 +321,7 @@ def test_the_socket_of_a_successor_is_left_alone(start):
         (["--disk=ram:1M", "--queues=0"], "0 queues, want 1 to 254"),
         (["--disk=256:0=ram:1M"], "256:0 for '256:0=ram:1M' is taken, or over 255:16383"),
         (["--disk=1:1=ram:1M", "--disk=1:1=ram:1M"], "1:1 for"),
-        (["--disk=ram:1M", "--without=SPEED"], "'SPEED' is not the name of a feature"),
+        (["--disk=ram:1M", "--without=SPEED"], "'SPEED' is not the name of a scsi"),
     ],
 )
 def test_what_cannot_be_served_is_said(start, arguments, complaint):

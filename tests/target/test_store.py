@@ -101,6 +101,7 @@ def test_sizes(text, size):
         ("ram:lots", "want a number"),
         ("ram:-1", "want a number"),
         ("ram:0", "want a multiple of 512"),
+        ("ram:8388608T", "want a multiple of 512"),  # 2**63
         ("ram:1000", "1000 bytes, want a multiple of 512"),
         ("ram:1M,bs=513", "block size 513, want 512"),
         ("ram:1537k,bs=4k", "want a multiple of 4096"),

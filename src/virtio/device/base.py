@@ -81,7 +81,8 @@ class Device(ABC):
                 transport.start()
             except (TransportError, ProtocolError) as error:
                 code = getattr(error, "errno", None) or errno.EIO
-                raise QueueSetupError(code, getattr(error, "strerror", None) or str(error)) from error
+                words = getattr(error, "strerror", None) or str(error)
+                raise QueueSetupError(code, f"{words}, with a queue size of {self.queue_size}") from error
         except BaseException:
             self.close()
             raise

@@ -196,7 +196,7 @@ def _on_range(kind: RequestType, flags: int) -> Template:
     )
 
 
-def _explain(finished: Finished, offset: int) -> DeviceError:
+def _explain(finished: Finished, offset: int, transfer: bool) -> DeviceError:
     code, words = _ERRORS.get(
         finished.result, (errno.EIO, f"the device answered with status {finished.result:#x}")
     )

@@ -33,7 +33,8 @@ class Disk:
     "" for virtio-blk, "t0", "t0l3" for a unit. A template that is None is an operation it lacks;
     `write_fua` is durable when it has completed, `write_zeroes` leaves blocks allocated,
     `write_zeroes_unmap` need not; where these two have a `data_bytes`, they are given so many
-    zeros. `explain` turns the bad result of a request, and its offset, into an error.
+    zeros. `explain` turns the bad result of a request, its offset, and whether it was a transfer of
+    data, into an error, or None for a success after all.
     """
 
     place: str
@@ -50,4 +51,4 @@ class Disk:
     unmap: Template | None
     write_zeroes: Template | None
     write_zeroes_unmap: Template | None
-    explain: Callable[[Finished, int], DeviceError] = field(repr=False)
+    explain: Callable[[Finished, int, bool], DeviceError | None] = field(repr=False)

@@ -8,7 +8,7 @@ import select
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from virtio.errors import (
     ChannelInUse,
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from virtio.ring.buffer import Buffer
+
+# What a bad result means: the result, where on the disk, whether it was a transfer of data.
+Explain: TypeAlias = "Callable[[Finished, int, bool], DeviceError | None]"
 
 _RETIRE_S = 5.0
 _TRIES = 8  # of a request that a transient error hits
@@ -159,13 +162,12 @@ class Lease:
         task: Task,
         deadline: int | None,
         spin_ns: int,
-        explain: Callable[[Finished, int], DeviceError],
+        explain: Explain,
         watch: Callable[[], int | None] | None = None,
     ) -> DeviceError | None:
         """Run a task to its end; the error of its first failed part by position, or None.
 
-        To be called inside `with lease`. `explain` turns a bad result, and where on the disk it
-        was, into an error. On a time-out, a lost device or Ctrl-C the requests in flight become
+        To be called inside `with lease`. `explain` says what a bad result means. On a time-out, a lost device or Ctrl-C the requests in flight become
         orphans: they keep their slots and the task's buffers until the device returns them, and
         nothing is written by this queue before that. `watch`, if given, is called some fifty times a
         second, and says what the deadline is from then on.
@@ -197,7 +199,7 @@ class Lease:
         task: Task,
         deadline: int | None,
         spin_ns: int,
-        explain: Callable[[Finished, int], DeviceError],
+        explain: Explain,
         watch: Callable[[], int | None] | None,
     ) -> DeviceError | None:
         first, error = task.total, None
@@ -208,7 +210,10 @@ class Lease:
                 return error
             if reason == FAULT:
                 for finished in self.queue.faults():
-                    failure = explain(finished, task.offset(finished.token))
+                    failure = explain(finished, task.offset(finished.token), task.template.transfer)
+                    if failure is None:
+                        task.succeed(finished.token)
+                        continue
                     if failure.transient and task.load is None and self._try_again(finished.token, tries):
                         task.again(finished.token)
                         continue

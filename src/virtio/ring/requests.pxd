@@ -45,6 +45,7 @@ cdef int64_t _first_bad(Mem offsets, int64_t count, uint64_t last, uint64_t grid
 cdef class Template:
     cdef readonly uint32_t key, request_bytes, payload_bytes
     cdef readonly uint64_t data_bytes
+    cdef readonly bint transfer
     cdef readonly int direction
     cdef object _bytes, _patches
     cdef Mem _mem, _patch

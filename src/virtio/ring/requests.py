@@ -148,6 +148,7 @@ class Template:
         self.payload_bytes = len(payload)
         self._bytes = bytes(request + payload)
         self._mem = window(self._bytes)
+        self.transfer = direction != NO_DATA and not data_bytes  # its data is that of the range
         self._patches = array("H", [field for patch in patches for field in patch])
         self._patch = window(self._patches) if patches else null()
         self._patch_count = len(patches)
@@ -238,6 +239,10 @@ class Task:
             self.status[item] = -code
         self._finish(part, False)
         return first
+
+    def succeed(self, part: int) -> None:
+        """Count a part that came back with a fault as done, as it was none; for parts of no load."""
+        self._finish(part, True)
 
     def again(self, part: int) -> None:
         """Send a part that came back with a fault once more; for parts of no load."""

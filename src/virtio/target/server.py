@@ -59,7 +59,7 @@ def run(
     not to offer. When `lifeline`, a descriptor, is at its end, that ends the target too.
     """
     device = make_device(dev_type, disks, queues)
-    features, extensions = offers(without)
+    features, extensions = offers(dev_type, without)
     device.features &= features
     features, extensions = features & FEATURES, extensions & EXTENSIONS
     listener = _listen(path)
@@ -105,21 +105,17 @@ def make_device(dev_type: str, disks: Sequence[str], queues: int) -> Device:
     return ScsiDevice({target: Target(luns) for target, luns in targets.items()}, queues)
 
 
-def offers(without: Iterable[str]) -> tuple[int, int]:
+def offers(dev_type: str, without: Iterable[str]) -> tuple[int, int]:
     """Masks of the feature bits and protocol feature bits that remain without those named."""
+    kind: type[enum.IntFlag] = BlkFeature if dev_type == "blk" else ScsiFeature
+    named = {**Feature.__members__, **kind.__members__, "PROTOCOL_FEATURES": PROTOCOL_FEATURES}
     features = extensions = ~0
     for name in without:
-        kinds: tuple[type[enum.IntFlag], ...] = (Feature, BlkFeature, ScsiFeature, ProtocolFeature)
-        members = [kind[name] for kind in kinds if name in kind.__members__]
-        if not members and name != "PROTOCOL_FEATURES":
-            raise RequestError(f"{name!r} is not the name of a feature")
-        for member in members:
-            if isinstance(member, ProtocolFeature):
-                extensions &= ~member
-            else:
-                features &= ~member
-        if name == "PROTOCOL_FEATURES":
-            features &= ~PROTOCOL_FEATURES
+        feature, extension = named.get(name, 0), ProtocolFeature.__members__.get(name, 0)
+        if not feature and not extension:
+            raise RequestError(f"{name!r} is not the name of a {dev_type} or vhost-user feature")
+        features &= ~feature
+        extensions &= ~extension
     return features, extensions
 
 

@@ -62,14 +62,14 @@ class FileStore:
             if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
                 raise RequestError(f"{path} is neither a regular file nor a block device")
             self._describe(os.lseek(self._fd, 0, os.SEEK_END), read_only, block_size, serial or name)
-        except RequestError:
+        except (OSError, RequestError):
             self.close()
             raise
 
     def _describe(self, size: int, read_only: bool, block_size: int, serial: str) -> None:
         if block_size not in (512, 1024, 2048, 4096):
             raise RequestError(f"block size {block_size}, want 512, 1024, 2048 or 4096")
-        if size == 0 or size % block_size:
+        if not 0 < size < 1 << 63 or size % block_size:
             raise RequestError(f"a disk of {size} bytes, want a multiple of {block_size}")
         if not serial.isascii() or not 0 < len(serial) <= 20:
             raise RequestError(f"serial number {serial!r}, want 1 to 20 ASCII characters")
@@ -214,9 +214,12 @@ def parse_disk(spec: str) -> Store:
         else:
             raise RequestError(f"option {option!r} of disk {spec!r}, want ro, bs=SIZE or id=SERIAL")
     store: Store
-    if kind == "ram":
-        size = parse_size(name)
-        store = MemoryStore(size, read_only=read_only, block_size=block_size, serial=serial)
-    else:
-        store = FileStore(name, read_only=read_only, block_size=block_size, serial=serial)
+    try:
+        if kind == "ram":
+            size = parse_size(name)
+            store = MemoryStore(size, read_only=read_only, block_size=block_size, serial=serial)
+        else:
+            store = FileStore(name, read_only=read_only, block_size=block_size, serial=serial)
+    except RequestError as error:
+        raise RequestError(f"disk {spec!r}: {error}") from None
     return FaultyStore(store, fail, delay) if fail or delay else store

@@ -12,9 +12,10 @@ import logging
 import os
 import select
 import socket
+import time
 
 from virtio import control
-from virtio.errors import ProtocolError, TransportError, VirtioError
+from virtio.errors import ProtocolError, RequestTimeout, TransportError, VirtioError
 from virtio.ring.doorbell import Doorbell
 from virtio.ring.lease import Life
 from virtio.ring.region import Mapping, Region
@@ -53,6 +54,7 @@ _EXTENSIONS = (
 )
 _GUEST_BASE = 1 << 32  # where our memory is for the back end: not where it is for us
 _ENABLED = 1
+_RESET_POLL_S = 0.001
 _GONE = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 
 
@@ -108,8 +110,16 @@ class VhostUser:
     # Status and features (3.1.1).
 
     def reset(self) -> None:
-        """Status 0. A back end without STATUS starts each connection anew."""
+        """Status 0, and wait until it reads so (2.4). Without STATUS each connection begins anew."""
         self.set_status(Status(0))
+        deadline = time.monotonic() + self._session.timeout
+        while self.status():
+            if time.monotonic() > deadline:
+                raise RequestTimeout(
+                    f"{self.address} still has status {self.status():#x} {self._session.timeout:g} s after "
+                    "its reset"
+                )
+            time.sleep(_RESET_POLL_S)
 
     def status(self) -> Status:
         """The device status field; without STATUS what we wrote, as nobody could object."""
