@@ -31,7 +31,7 @@ def target(request):
 def use(target: tuple[str, str]) -> None:
     """Attach, read, detach."""
     address, dev_type = target
-    with attach(address, dev_type=dev_type, queues=2) as controller:  # type: ignore[arg-type]
+    with attach(address, dev_type=dev_type, queues=1) as controller:  # type: ignore[arg-type]
         with next(iter(controller.values())).open() as channel:
             channel.read(0, 512)
 
@@ -162,7 +162,7 @@ def test_too_little_memory_for_the_pool_is_an_error(target):
     command = [sys.executable, "-c", LITTLE_MEMORY, *target]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("TransportError cannot map 64 MiB of shared memory"), done.stdout
+    assert done.stdout.startswith("TransportError [Errno 12] cannot map 64 MiB"), done.stdout
 
 
 def test_no_locked_memory_is_needed(target):

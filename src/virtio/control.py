@@ -5,11 +5,15 @@ It exists while something is watched. Callbacks run in it, one at a time, and mu
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import select
 import threading
 from collections.abc import Callable
+
+from virtio.errors import TransportError
 
 log = logging.getLogger("virtio.control")
 
@@ -23,11 +27,15 @@ class _Loop:
 
     def __init__(self) -> None:
         self.callbacks: dict[int, Callback] = {}
-        self.epoll = select.epoll()
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.epoll.register(self._wake, select.EPOLLIN)
-        self._thread = threading.Thread(target=self._run, name="virtio-control", daemon=True)
-        self._thread.start()
+        with contextlib.ExitStack() as undo:
+            self.epoll = select.epoll()
+            undo.callback(self.epoll.close)
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            undo.callback(os.close, self._wake)
+            self.epoll.register(self._wake, select.EPOLLIN)
+            self._thread = threading.Thread(target=self._run, name="virtio-control", daemon=True)
+            self._thread.start()
+            undo.pop_all()
 
     def stop(self) -> None:
         """Let the thread end, and wait for that unless this is it."""
@@ -64,14 +72,21 @@ _loop: _Loop | None = None
 def watch(fd: int, events: int, callback: Callback) -> None:
     """Call `callback(events)` in the control thread whenever epoll reports `events` on `fd`.
 
-    Level-triggered: a callback that does not clear the reason must `unwatch`.
+    Level-triggered: a callback that does not clear the reason must `unwatch`. TransportError when
+    there is no descriptor, thread or memory left to do it.
     """
     global _loop
     with _lock:
-        if _loop is None:
-            _loop = _Loop()
-        _loop.callbacks[fd] = callback
-        _loop.epoll.register(fd, events)
+        try:
+            if _loop is None:
+                _loop = _Loop()
+            _loop.callbacks[fd] = callback
+            _loop.epoll.register(fd, events)
+        except (OSError, RuntimeError) as error:
+            unwatch(fd)
+            code = getattr(error, "errno", None) or errno.EAGAIN
+            words = f"no control thread: {error}; see `ulimit -n` and `ulimit -u`"
+            raise TransportError(code, words) from error
 
 
 def unwatch(fd: int) -> None:
@@ -80,7 +95,8 @@ def unwatch(fd: int) -> None:
     idle = None
     with _lock:
         if _loop is not None and _loop.callbacks.pop(fd, None) is not None:
-            _loop.epoll.unregister(fd)
+            with contextlib.suppress(OSError):  # it never came to be watched
+                _loop.epoll.unregister(fd)
             if not _loop.callbacks:
                 idle, _loop = _loop, None
     if idle is not None:

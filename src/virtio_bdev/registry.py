@@ -107,8 +107,10 @@ class Controller(Mapping[str, Bdev]):
         """Detach: calls under way raise ClosedError, the device is stopped; idempotent."""
         if not self._closed:
             self._closed = True
-            self.device.close()
-            _names.give_back(self.name)
+            try:
+                self.device.close()
+            finally:
+                _names.give_back(self.name)
 
     def __getitem__(self, name: str) -> Bdev:
         return self._bdevs[name]

@@ -27,6 +27,7 @@ def explain(response, transfer=True):
     [
         (Response(status=2, sense=sense(5, 0x21, 0)), errno.EINVAL, False, "out of range"),
         (Response(status=2, sense=sense(5, 0x20, 0)), errno.EOPNOTSUPP, False, "ILLEGAL REQUEST"),
+        (Response(status=2, sense=sense(5, 0x25, 0)), errno.ENODEV, False, "not supported"),
         (Response(status=2, sense=sense(6, 0x29, 0)), errno.EAGAIN, True, "UNIT ATTENTION"),
         (Response(status=2, sense=sense(7, 0x27, 0)), errno.EROFS, False, "write protected"),
         (Response(status=2, sense=sense(2, 0x3A, 0)), errno.ENXIO, False, "medium not present"),

@@ -16,7 +16,7 @@ from virtio.ring.buffer import address_of
 from virtio.ring.lease import Lease
 from virtio.ring.region import Pool, Region
 from virtio.ring.requests import Layout, RequestQueue, queue_bytes
-from virtio.transport.base import RingAddresses, Transport, negotiate
+from virtio.transport.base import RingAreas, Transport, negotiate
 from virtio.wire.virtio import Feature
 
 from .disk import Disk
@@ -71,9 +71,10 @@ class Device(ABC):
         self._queues: list[RequestQueue] = []
         try:
             self.features = negotiate(transport, self.FEATURES, self.WANTED, 0)
+            self.queue_size = self._fitting(self.FIXED_QUEUES)
             self._configure()
             count = self._count(queues, at_least)
-            self._region = Region(pool_bytes)
+            self._region = transport.region(pool_bytes)
             self.pool = Pool(self._region)
             self._mapping = transport.map(self._region)
             try:
@@ -123,19 +124,19 @@ class Device(ABC):
     def _set_up_queues(self, count: int) -> None:
         event_idx = bool(self.features & Feature.EVENT_IDX)
         for index in range(self.FIXED_QUEUES):
-            available, used, end = split.areas(self.queue_size)
-            memory = self.pool.take(end)
-            split.SplitRing(memory.view(), self.queue_size, event_idx=event_idx)
-            self.transport.setup_queue(index, self._addresses(memory.offset, available, used), 0)
+            size = self._fitting(index)
+            memory = self.pool.take(split.areas(size)[2])
+            split.SplitRing(memory.view(), size, event_idx=event_idx)
+            self.transport.setup_queue(index, self._areas(size, memory.offset), 0)
         for index in range(self.FIXED_QUEUES, self.FIXED_QUEUES + count):
             assert self._region is not None
-            available, used, _ = split.areas(self.queue_size)
-            memory = self.pool.take(queue_bytes(self.queue_size, self.LAYOUT, self.segments, self.indirect))
+            size = self._fitting(index)
+            memory = self.pool.take(queue_bytes(size, self.LAYOUT, self.segments, self.indirect))
             queue = RequestQueue(
                 memory,
                 self._region.view,
                 self._mapping,
-                self.queue_size,
+                size,
                 self.LAYOUT,
                 segments=self.segments,
                 segment_bytes=self.segment_bytes,
@@ -143,14 +144,19 @@ class Device(ABC):
                 event_idx=event_idx,
             )
             self._queues.append(queue)
-            port = self.transport.setup_queue(index, self._addresses(memory.offset, available, used), 0)
+            port = self.transport.setup_queue(index, self._areas(size, memory.offset), 0)
             queue.connect(port.doorbell)
             self.leases.append(Lease(queue, self.life, port.completion_fd))
 
-    def _addresses(self, offset: int, available: int, used: int) -> RingAddresses:
+    def _fitting(self, index: int) -> int:
+        """The size of a queue: what was asked for, unless the device takes less."""
+        largest = self.transport.largest_queue(index)
+        return self.queue_size if largest is None else min(self.queue_size, largest)
+
+    def _areas(self, size: int, offset: int) -> RingAreas:
         assert self._region is not None
-        base = self._region.address + offset
-        return RingAddresses(self.queue_size, base, base + available, base + used)
+        available, used, _ = split.areas(size)
+        return RingAreas(self._region, size, offset, offset + available, offset + used)
 
     def locate(self, view: memoryview) -> int:
         """Where in the region a view's bytes lie, or -1 if they lie elsewhere."""
@@ -163,16 +169,16 @@ class Device(ABC):
     def close(self) -> None:
         """Take the device down: callers are told, rings stopped, memory let go; idempotent."""
         self.life.end(ClosedError(f"the controller of {self.transport.address} was closed"))
-        for lease in self.leases:
-            lease.retire()
-        self.transport.close()
-        for queue in self._queues:
-            queue.detach()
-        for lease in self.leases:
-            lease.forget()
-        self._queues = []
-        if self._region is not None:
-            self._region.close()
+        with contextlib.ExitStack() as steps:  # whatever fails, the others are taken; the last one first
+            if self._region is not None:
+                steps.callback(self._region.close)
+            for lease in self.leases:
+                steps.callback(lease.forget)
+            for queue in self._queues:
+                steps.callback(queue.detach)
+            steps.callback(self.transport.close)
+            for lease in self.leases:
+                steps.callback(lease.retire)
 
     def __enter__(self) -> Device:
         return self

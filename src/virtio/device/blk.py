@@ -83,6 +83,8 @@ class BlkDevice(Device):
         except (TransportError, ProtocolError) as error:
             raise self._wondering(error) from error
         self.config = config
+        if config.capacity == 0 and config.blk_size == 0:
+            raise TransportError(errno.ENODEV, f"{self.transport.address} has no disk behind it any more")
         self.block_size = SECTOR_SIZE if config.blk_size is None else config.blk_size
         size = self.block_size
         if size % SECTOR_SIZE or size & (size - 1) or not SECTOR_SIZE <= size <= _MAX_BLOCK:

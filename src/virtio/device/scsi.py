@@ -53,7 +53,6 @@ _AT_ONCE = 32  # conversations under way during discovery
 _ANY_BLOCKS = 1 << 22  # of one UNMAP or WRITE SAME, where the unit sets no limit: no long silences
 _SECTOR = 512  # the unit of max_sectors
 
-_INVALID_COMMAND = 0x20  # additional sense code of an operation that the unit does not know
 # What an answer means: the nearest errno, and whether the same request may be sent again: where nothing
 # was done, or doing it twice does no harm (SAM-5, 5.3 and 5.14; virtio 5.6.6.1). All else is EIO, and final.
 _BY_KEY: dict[int, tuple[int, bool]] = {
@@ -64,6 +63,8 @@ _BY_KEY: dict[int, tuple[int, bool]] = {
     SenseKey.ABORTED_COMMAND: (errno.ECANCELED, True),
     SenseKey.MISCOMPARE: (errno.EILSEQ, False),
 }
+# By additional sense code: an operation that the unit does not know, a unit that is not there.
+_BY_CODE = {0x20: errno.EOPNOTSUPP, 0x25: errno.ENODEV}
 _BY_STATUS: dict[int, tuple[int, bool]] = {
     scsi.Status.BUSY: (errno.EBUSY, True),
     scsi.Status.TASK_SET_FULL: (errno.EBUSY, True),
@@ -300,8 +301,7 @@ def _explain(finished: Finished, offset: int, transfer: bool) -> DeviceError | N
         sense = response.sense
         decoded = Sense.decode(sense)
         code, transient = _BY_KEY.get(decoded.key, (code, transient))
-        if decoded.asc == _INVALID_COMMAND:
-            code = errno.EOPNOTSUPP
+        code = _BY_CODE.get(decoded.asc, code)
         words = decoded.describe()
     elif response.status != scsi.Status.GOOD:
         code, transient = _BY_STATUS.get(response.status, (code, transient))

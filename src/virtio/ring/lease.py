@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import threading
@@ -47,6 +48,14 @@ _PAUSE_S = 0.001  # before the second try; longer before each further one
 _SLICE_NS = 20_000_000  # how long a compiled loop may keep a Ctrl-C waiting
 
 
+def make_eventfd() -> int:
+    """A non-blocking eventfd, closed in programs that are run; TransportError when none is left."""
+    try:
+        return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    except OSError as error:
+        raise TransportError(error.errno or errno.EMFILE, "no eventfd to be had: see `ulimit -n`") from error
+
+
 def deadline_in(seconds: float | None) -> int | None:
     """The moment, on the monotonic clock in nanoseconds, that is so many seconds away."""
     return None if seconds is None else time.monotonic_ns() + int(seconds * 1e9)
@@ -60,7 +69,7 @@ class Life:
     """
 
     def __init__(self) -> None:
-        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.fd = make_eventfd()
         self.error: VirtioError | None = None
         self._queues: list[RequestQueue] = []
         self._lock = threading.Lock()

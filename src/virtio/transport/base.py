@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import enum
 import errno
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from virtio.errors import TransportError
-from virtio.wire.virtio import Feature, Status, feature_names
+from virtio.wire.virtio import ConfigField, Feature, Status, feature_names
 
 if TYPE_CHECKING:
     from virtio.ring.doorbell import Doorbell
@@ -16,11 +17,17 @@ if TYPE_CHECKING:
 
 # Ring features that the rings here know how to honour.
 RING_FEATURES = Feature.INDIRECT_DESC | Feature.EVENT_IDX
+# And those that a transport may have use for, whatever the device.
+TRANSPORT_FEATURES = (
+    Feature.ACCESS_PLATFORM | Feature.ORDER_PLATFORM | Feature.NOTIF_CONFIG_DATA | Feature.RING_RESET
+)
 
 
-class RingAddresses(NamedTuple):
-    """The areas of one split ring in this process: descriptor table, available and used ring."""
+class RingAreas(NamedTuple):
+    """The areas of one split ring, as offsets in a region that was mapped: each transport has its
+    own addresses for them."""
 
+    region: Region
     size: int
     descriptor: int
     available: int
@@ -49,9 +56,11 @@ class Transport(Protocol):
     def set_status(self, status: Status) -> None: ...
     def offered(self) -> int: ...
     def accept(self, features: int) -> None: ...
-    def read_config(self, nbytes: int) -> bytes: ...
+    def read_config(self, nbytes: int, fields: Sequence[ConfigField]) -> bytes: ...
+    def largest_queue(self, index: int) -> int | None: ...  # None: the device does not say
+    def region(self, nbytes: int) -> Region: ...  # memory that this device can be shown
     def map(self, region: Region) -> Mapping: ...
-    def setup_queue(self, index: int, addresses: RingAddresses, base: int) -> QueuePort: ...
+    def setup_queue(self, index: int, areas: RingAreas, base: int) -> QueuePort: ...
     def start(self) -> None: ...
     def stop(self) -> None: ...
     def close(self) -> None: ...
@@ -77,7 +86,7 @@ def negotiate(transport: Transport, device: type[enum.IntFlag], wanted: int, nee
             f"{transport.address} does not offer {', '.join(feature_names(missing, device))}; it "
             f"offers {', '.join(feature_names(offered, device)) or 'nothing'}",
         )
-    own = (RING_FEATURES | Feature.ORDER_PLATFORM) & transport.allowed | transport.required
+    own = (RING_FEATURES | TRANSPORT_FEATURES) & transport.allowed | transport.required
     accepted = offered & (wanted | own)
     transport.accept(accepted)
     status |= Status.FEATURES_OK

@@ -42,7 +42,10 @@ def connect(path: str, timeout: float) -> socket.socket:
     if len(os.fsencode(path)) > _MAX_PATH:
         words = f"cannot connect to {path}: path too long, a socket's has at most {_MAX_PATH} bytes"
         raise TransportError(errno.ENAMETOOLONG, words)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    except OSError as error:
+        raise TransportError(error.errno or errno.EIO, _advice(path, error)) from error
     deadline = time.monotonic() + timeout
     try:
         sock.setblocking(False)

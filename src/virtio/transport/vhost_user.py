@@ -13,13 +13,14 @@ import os
 import select
 import socket
 import time
+from collections.abc import Sequence
 
 from virtio import control
 from virtio.errors import ProtocolError, RequestTimeout, TransportError, VirtioError
 from virtio.ring.doorbell import Doorbell
-from virtio.ring.lease import Life
+from virtio.ring.lease import Life, make_eventfd
 from virtio.ring.region import Mapping, Region
-from virtio.transport.base import QueuePort, RingAddresses
+from virtio.transport.base import QueuePort, RingAreas
 from virtio.transport.session import Session, close_all, receive, send_reply
 from virtio.wire.vhost_user import (
     PROTOCOL_FEATURES,
@@ -39,7 +40,7 @@ from virtio.wire.vhost_user import (
     encode_u64,
     expected_ack,
 )
-from virtio.wire.virtio import Feature, Status
+from virtio.wire.virtio import ConfigField, Feature, Status
 
 log = logging.getLogger("virtio.vhost_user")
 
@@ -80,8 +81,12 @@ class VhostUser:
         self._slots = 8
         self._ports: list[tuple[int, int]] = []  # kick and call eventfd of each ring
         self._back: socket.socket | None = None
-        self._session = Session(path, timeout)
         self.life = Life()
+        try:
+            self._session = Session(path, timeout)
+        except BaseException:
+            self.life.close()
+            raise
         try:
             self._shake_hands()
             control.watch(self._session.fileno(), _GONE, self._peer_gone)
@@ -142,7 +147,7 @@ class VhostUser:
         self._features = features | self._offered & PROTOCOL_FEATURES
         self._session.tell(Request.SET_FEATURES, encode_u64(self._features))
 
-    def read_config(self, nbytes: int) -> bytes:
+    def read_config(self, nbytes: int, fields: Sequence[ConfigField]) -> bytes:
         """The first `nbytes` of the configuration space, in one message: there is no generation.
 
         TransportError if there is no access to it; ProtocolError for an answer of another size.
@@ -167,6 +172,13 @@ class VhostUser:
 
     # Memory and rings.
 
+    def largest_queue(self, index: int) -> None:
+        """Unknown: there is no message that asks for it."""
+
+    def region(self, nbytes: int) -> Region:
+        """Memory of the caller's, which any back end can map."""
+        return Region(nbytes)
+
     def map(self, region: Region) -> Mapping:
         """Share a region; its descriptor stays the region's."""
         if len(self._regions) >= self._slots:
@@ -188,26 +200,23 @@ class VhostUser:
             session.ask(Request.GET_FEATURES, decode_u64)  # answered when the memory is mapped
         return Mapping.contiguous(shared.guest_address)
 
-    def setup_queue(self, index: int, addresses: RingAddresses, base: int) -> QueuePort:
+    def setup_queue(self, index: int, areas: RingAreas, base: int) -> QueuePort:
         """Describe ring `index`, which must be the next one, and hand over its eventfds."""
         if index != len(self._ports):
             raise ValueError(f"ring {index} set up after {len(self._ports)} others")
         session = self._session
-        session.tell(Request.SET_VRING_NUM, VringState(index, addresses.size).encode())
+        session.tell(Request.SET_VRING_NUM, VringState(index, areas.size).encode())
         session.tell(Request.SET_VRING_BASE, VringState(index, base).encode())
-        session.tell(
-            Request.SET_VRING_ADDR,
-            VringAddress(index, 0, addresses.descriptor, addresses.used, addresses.available).encode(),
-        )
+        descriptor, available, used = (areas.region.address + offset for offset in areas[2:])
+        payload = VringAddress(index, 0, descriptor, used, available).encode()
+        session.tell(Request.SET_VRING_ADDR, payload)
         kick = call = -1
         try:
-            kick = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            call = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        except OSError as error:
+            kick = make_eventfd()
+            call = make_eventfd()
+        except TransportError:
             close_all([fd for fd in (kick, call) if fd >= 0])
-            raise TransportError(
-                error.errno or errno.EMFILE, f"no eventfd for ring {index}: see `ulimit -n`"
-            ) from error
+            raise
         self._ports.append((kick, call))
         session.tell(Request.SET_VRING_CALL, VringFd(index).encode(), [call])
         session.tell(Request.SET_VRING_KICK, VringFd(index).encode(), [kick])
@@ -236,7 +245,7 @@ class VhostUser:
             if not self._session.closed:
                 control.unwatch(self._session.fileno())  # its end is not the device's from now on
             if self._session.error is None:
-                with contextlib.suppress(VirtioError):
+                with contextlib.suppress(VirtioError, OSError, MemoryError):
                     self.stop()
             if self._back is not None:
                 control.unwatch(self._back.fileno())

@@ -142,6 +142,15 @@ def config_span(features: int) -> int:
     return max(offset + layout.size for offset, layout, _ in _defined(features))
 
 
+def config_accesses(features: int) -> list[ConfigField]:
+    """The fields that these features define, and no others."""
+    return [
+        field
+        for _, offset, layout, names in _LAYOUT_OF(features)
+        for field in config_fields(layout.format, offset)
+    ]
+
+
 def _defined(features: int) -> list[tuple[int, struct.Struct, tuple[str, ...]]]:
     return [
         (offset, layout, names) for feature, offset, layout, names in _LAYOUT if features & feature == feature

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from typing import NamedTuple
 
 MAX_QUEUE_SIZE = 32768  # of either ring layout (2.7, 2.8)
 
@@ -48,6 +49,34 @@ class DeviceType(enum.IntEnum):
 
     BLOCK = 2
     SCSI = 8
+
+
+class ConfigField(NamedTuple):
+    """Where a field of a device's configuration space is, and how wide, in bytes (2.5)."""
+
+    offset: int
+    width: int
+
+
+def config_fields(layout: str, offset: int = 0) -> list[ConfigField]:
+    """The fields of a `struct` format whose first byte is at `offset` of the configuration space."""
+    fields = []
+    count = ""
+    for code in layout.lstrip("<"):
+        if code.isdecimal():
+            count += code
+        elif code == "x":
+            offset += int(count or 1)
+            count = ""
+        else:
+            for _ in range(int(count or 1)):
+                fields.append(ConfigField(offset, _WIDTHS[code]))
+                offset += _WIDTHS[code]
+            count = ""
+    return fields
+
+
+_WIDTHS = {"?": 1, "B": 1, "H": 2, "I": 4, "Q": 8}
 
 
 def feature_names(bits: int, device: type[enum.IntFlag]) -> list[str]:

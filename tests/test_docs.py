@@ -1,0 +1,130 @@
+"""What the documents show is run: ```console and ```python blocks, in order, in a folder of their own.
+
+In a console block a line after "$ " is a command, with more of it after "> "; what follows is what it
+prints, where "..." stands for anything. It must succeed, unless it is shown to say "virtio-bdev: ...".
+Commands of make are not run.
+"""
+
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import needs
+from tests.cli.program import PROGRAM
+from virtio_bdev.cli import _COMMANDS
+from virtio_bdev.config import options_table
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [
+    path
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    if re.search(r"^```(console|python)$", path.read_text(), re.MULTILINE)
+]
+PATIENCE_S = 30.0
+
+
+def blocks(path: Path) -> Iterator[tuple[str, str]]:
+    """Language and text of every block."""
+    yield from re.findall(r"^```(console|python)\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(block: str) -> list[tuple[str, str]]:
+    """Every command of a console block, and what it is shown to print."""
+    found: list[tuple[str, str]] = []
+    for line in block.splitlines(keepends=True):
+        if line.startswith("$ "):
+            found.append((line[2:], ""))
+        elif line.startswith("> "):
+            found[-1] = (found[-1][0] + line[2:], "")
+        else:
+            found[-1] = (found[-1][0], found[-1][1] + line)
+    return found
+
+
+def matches(shown: str, printed: str) -> bool:
+    """Whether it is the same, but for "..." and the width of columns."""
+    shown, printed = (re.sub(r" +", " ", text.strip()) for text in (shown, printed))
+    return re.fullmatch(re.escape(shown).replace(r"\.\.\.", ".*"), printed, re.DOTALL) is not None
+
+
+class Shell:
+    """A bash in which the commands of a document are run, one after another."""
+
+    def __init__(self, folder: Path) -> None:
+        program = folder / "bin/virtio-bdev"
+        program.parent.mkdir()
+        program.write_text(f'#!/bin/sh\nexec {" ".join(PROGRAM)} "$@"\n')
+        program.chmod(0o755)
+        path = os.pathsep.join([str(program.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
+        self._bash = subprocess.Popen(
+            ["bash", "--norc"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+            env={**os.environ, "PATH": path},
+            start_new_session=True,
+        )
+
+    def run(self, command: str, shown: str) -> tuple[int, str]:
+        """Status and output; of one in the background, as much output as is shown."""
+        assert self._bash.stdin is not None
+        self._bash.stdin.write(f"{command.rstrip()}\necho; echo END-OF-COMMAND $?\n".encode())
+        self._bash.stdin.flush()
+        text = ""
+        while not (end := re.search(r"\nEND-OF-COMMAND (\d+)\n", text)):
+            text += self._read(command)
+        if command.rstrip().endswith("&"):
+            while not matches(shown, text.replace(end[0], "")):
+                text += self._read(command)
+        return int(end[1]), text.replace(end[0], "")
+
+    def _read(self, command: str) -> str:
+        assert self._bash.stdout is not None
+        assert select.select([self._bash.stdout], [], [], PATIENCE_S)[0], f"nothing more from {command}"
+        return os.read(self._bash.stdout.fileno(), 65536).decode()
+
+    def close(self) -> None:
+        os.killpg(self._bash.pid, signal.SIGTERM)
+        self._bash.communicate()
+
+
+@pytest.fixture
+def shell(tmp_path):
+    shell = Shell(tmp_path)
+    yield shell
+    shell.close()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_what_is_shown_can_be_done(document, shell, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for language, block in blocks(document):
+        if language == "python":
+            exec(compile(block, document.name, "exec"), {"__name__": "__main__"})
+            continue
+        for command, shown in commands(block):
+            if command.startswith("make "):
+                assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+                continue
+            if "qemu-storage-daemon" in command:
+                needs.program("qemu-storage-daemon")  # what came before has been run
+            status, printed = shell.run(command, shown)
+            assert matches(shown, printed), (command, shown, printed)
+            assert status == 0 or "virtio-bdev: " in shown, (command, status)
+
+
+def test_the_options_of_a_dev_line_are_all_in_the_document():
+    assert options_table() in (ROOT / "docs/config.md").read_text()
+
+
+def test_every_command_is_in_the_document():
+    text = (ROOT / "docs/cli.md").read_text()
+    assert [name for name in _COMMANDS if f"## {name}" not in text] == []
