@@ -274,15 +274,15 @@ MUTANTS = [
         "CFG-1",
         f"{INIT}::test_the_configuration_is_read_in_one_message",
         BLK,
-        "BlkConfig.decode(self.transport.read_config(config_span(own)), own)",
-        "BlkConfig.decode((self.transport.read_config(8), self.transport.read_config(60))[1], own)",
+        "self.transport.read_config(config_span(own), config_accesses(own))",
+        "[self.transport.read_config(n, []) for n in (8, 60)][1]",
     ),
     Mutant(
         "CFG-2",
         f"{INIT}::test_fields_of_features_that_are_not_offered_are_not_believed",
         BLK,
-        "BlkConfig.decode(self.transport.read_config(config_span(own)), own)",
-        "BlkConfig.decode(self.transport.read_config(60), 0x7FFF)",
+        "self.transport.read_config(config_span(own), config_accesses(own))",
+        "self.transport.read_config(60, []); own = 0x7FFF",
     ),
     # Cleaning up
     Mutant(
@@ -627,7 +627,7 @@ MUTANTS = [
         f"{BLOCK}::test_writeback_is_not_read_before_features_ok",
         BASE,
         "    status |= Status.FEATURES_OK\n",
-        "    transport.read_config(60)\n    status |= Status.FEATURES_OK\n",
+        "    transport.read_config(60, [])\n    status |= Status.FEATURES_OK\n",
     ),
     Mutant(
         "BLK-6",

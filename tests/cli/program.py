@@ -46,7 +46,7 @@ def started(*arguments: object, **options: Any) -> Iterator["subprocess.Popen[by
 def lines_until(process: "subprocess.Popen[bytes]", last: bytes) -> list[bytes]:
     """What it prints, up to the line that begins so."""
     assert process.stdout is not None
-    lines = []
+    lines: list[bytes] = []
     while not lines or not lines[-1].startswith(last):
         line = process.stdout.readline()
         assert line, (lines, process.stderr and process.stderr.read())

@@ -10,14 +10,14 @@ from typing import Any
 
 from tests.model import Backend, Blk, Scsi
 from virtio.errors import VirtioError
-from virtio_bdev import Channel, Controller, attach
+from virtio_bdev import Channel, Controller, DevType, attach
 from virtio_bdev.channel import Wait
 
 KINDS = ("blk", "scsi")
 TIMEOUT = 5.0
 
 
-def device(kind: str, **changes: Any) -> Blk | Scsi:
+def device(kind: str, **changes: Any) -> Any:
     """The model's disk of one kind."""
     return Blk(**changes) if kind == "blk" else Scsi(**changes)
 
@@ -29,7 +29,7 @@ def backend(kind: str, **options: Any) -> Backend:
 
 def connect(model: Backend, **arguments: Any) -> Controller:
     """Attach to the model."""
-    kind = "blk" if isinstance(model.device, Blk) else "scsi"
+    kind: DevType = "blk" if isinstance(model.device, Blk) else "scsi"
     return attach(model.address, dev_type=kind, **({"timeout": TIMEOUT} | arguments))
 
 

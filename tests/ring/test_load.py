@@ -138,9 +138,9 @@ def test_mean_minimum_and_maximum_are_exact_and_every_value_is_in_a_narrow_bucke
     assert math.isclose(histogram.mean, statistics.fmean(values))
     buckets = histogram.buckets()
     for bucket in buckets:
-        assert bucket.count == sum(bucket.low <= value <= bucket.high for value in values)
+        assert bucket.values == sum(bucket.low <= value <= bucket.high for value in values)
         assert bucket.high - bucket.low <= bucket.low / 128
-    assert sum(bucket.count for bucket in buckets) == len(values)
+    assert sum(bucket.values for bucket in buckets) == len(values)
 
 
 @given(st.lists(st.integers(1_000, 100_000_000), min_size=1, max_size=60))

@@ -151,6 +151,8 @@ class Device(ABC):
     def _fitting(self, index: int) -> int:
         """The size of a queue: what was asked for, unless the device takes less."""
         largest = self.transport.largest_queue(index)
+        if largest == 0:
+            raise TransportError(errno.ENODEV, f"{self.transport.address} has no queue {index}")
         return self.queue_size if largest is None else min(self.queue_size, largest)
 
     def _areas(self, size: int, offset: int) -> RingAreas:

@@ -26,6 +26,7 @@ from virtio.wire.blk import (
     Range,
     RequestHeader,
     RequestType,
+    config_accesses,
     config_span,
     decode_id,
 )
@@ -79,7 +80,8 @@ class BlkDevice(Device):
     def _configure(self) -> None:
         own = self.features & DEVICE_BITS
         try:
-            config = BlkConfig.decode(self.transport.read_config(config_span(own)), own)
+            payload = self.transport.read_config(config_span(own), config_accesses(own))
+            config = BlkConfig.decode(payload, own)
         except (TransportError, ProtocolError) as error:
             raise self._wondering(error) from error
         self.config = config

@@ -100,7 +100,8 @@ class ScsiDevice(Device):
     def _configure(self) -> None:
         transport = self.transport
         if transport.has_config:
-            self.config = ScsiConfig.decode(transport.read_config(ScsiConfig.FORMAT.size))
+            payload = transport.read_config(ScsiConfig.FORMAT.size, ScsiConfig.FIELDS)
+            self.config = ScsiConfig.decode(payload)
         else:
             # Without MQ the number of queues is known beforehand: one for requests.
             queues = 1 if transport.max_queues is None else transport.max_queues - self.FIXED_QUEUES

@@ -176,10 +176,10 @@ class Lease:
     ) -> DeviceError | None:
         """Run a task to its end; the error of its first failed part by position, or None.
 
-        To be called inside `with lease`. `explain` says what a bad result means. On a time-out, a lost device or Ctrl-C the requests in flight become
-        orphans: they keep their slots and the task's buffers until the device returns them, and
-        nothing is written by this queue before that. `watch`, if given, is called some fifty times a
-        second, and says what the deadline is from then on.
+        To be called inside `with lease`. `explain` says what a bad result means. On a time-out, a lost
+        device or Ctrl-C the requests in flight become orphans: they keep their slots and the task's
+        buffers until the device returns them, and nothing is written by this queue before that. `watch`,
+        if given, is called some fifty times a second, and says what the deadline is from then on.
         """
         for buffer in task.buffers:
             buffer.check()

@@ -32,11 +32,11 @@ _GAMMA, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111E
 
 
 class Bucket(NamedTuple):
-    """How many values there were from `low` to `high`, both included."""
+    """How many `values` there were from `low` to `high`, both included."""
 
     low: int
     high: int
-    count: int
+    values: int
 
 
 class Histogram:
@@ -89,7 +89,7 @@ class Histogram:
         """The least value that at least `percent` of all values do not exceed; 0 if there was none."""
         rank = max(1, -(-round(percent * 10**6) * self.count // 10**8))
         for bucket in self.buckets():
-            rank -= bucket.count
+            rank -= bucket.values
             if rank <= 0:
                 middle = (bucket.low + bucket.high) // 2
                 return min(max(middle, self.minimum), self.maximum)

@@ -193,7 +193,7 @@ class Task:
         if (load is not None) != (mode == LOADED):
             raise RequestError("a load, and the mode LOADED, need each other")
         self.template = template
-        self.load = load
+        self.load: Load = load  # type: ignore[assignment]  # None, but where `mode` is LOADED
         self.buffers = tuple(buffers)
         self.item_bytes, self.part_bytes = item_bytes, part_bytes
         self.parts = -(-item_bytes // part_bytes)

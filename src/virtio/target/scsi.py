@@ -1,7 +1,7 @@
 """SCSI targets with direct-access logical units (SAM-5, SPC-4, SBC-3); knows no virtio.
 
 Commands come as bytes and data as buffers, to be filled or read in place; every command is done
-when `handle` returns.
+when `handle` returns. One module, as the commands share their checks and sense data.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 After QEMU's docs/interop/vhost-user.rst; section names in brackets. Everything that the front end
 sends is checked, and what may not be ends the session with a ProtocolError. One thread does all:
-between two messages no request is in progress.
+between two messages no request is in progress. One module, as messages and the rings that they
+set up are one state.
 """
 
 from __future__ import annotations

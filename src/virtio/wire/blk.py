@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from virtio.errors import ProtocolError
 from virtio.wire._record import Record
+from virtio.wire.virtio import ConfigField, config_fields
 
 SECTOR_SIZE = 512  # the unit of every sector number, whatever the block size (5.2.4)
 ID_SIZE = 20  # what GET_ID writes (5.2.6)
@@ -146,7 +147,7 @@ def config_accesses(features: int) -> list[ConfigField]:
     """The fields that these features define, and no others."""
     return [
         field
-        for _, offset, layout, names in _LAYOUT_OF(features)
+        for offset, layout, _ in _defined(features)
         for field in config_fields(layout.format, offset)
     ]
 

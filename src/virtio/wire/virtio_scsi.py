@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from virtio.errors import ProtocolError, RequestError
 from virtio.wire import scsi
 from virtio.wire._record import Record
+from virtio.wire.virtio import config_fields
 
 SENSE_SIZE = 96  # after a reset, until the driver writes sense_size and cdb_size (5.6.4)
 CDB_SIZE = 32
@@ -106,6 +107,7 @@ class ScsiConfig(Record):
     max_target: int = MAX_TARGET
     max_lun: int = MAX_LUN
     FORMAT = struct.Struct("<IIIIIIIHHI")
+    FIELDS = config_fields(FORMAT.format)
 
     @classmethod
     def decode(cls, payload: bytes) -> ScsiConfig:

@@ -42,8 +42,9 @@ def command(path: str) -> None:
             try:
                 held = [_attach(stack, path, line) for line in wanted.lines]
                 print_table(bdev for controller in held for bdev in controller.values())
-                print("ready", flush=True)
-                _hold(held)
+                with contextlib.suppress(KeyboardInterrupt):
+                    print("ready", flush=True)
+                    _hold(held)
             finally:
                 for number in _SIGNALS:  # one is enough: what follows is not to be cut short
                     signal.signal(number, signal.SIG_IGN)
@@ -60,17 +61,16 @@ def _attach(stack: contextlib.ExitStack, path: str, line: config.Line) -> Contro
 
 
 def _hold(controllers: list[Controller]) -> None:
-    """Wait for a signal, and say which devices are lost meanwhile."""
+    """Wait until all devices are lost, and say of each that it is."""
     poll = select.poll()
     held = {controller.device.life.fd: controller for controller in controllers}
     for fd in held:
         poll.register(fd, select.POLLIN)
-    with contextlib.suppress(KeyboardInterrupt):
-        while held:
-            for fd, _ in poll.poll():
-                poll.unregister(fd)
-                lost = held.pop(fd)
-                error = lost.device.life.error
-                print(f"virtio-bdev: {lost.name} is lost: {error and words(error)}", file=sys.stderr)
-                lost.close()
-        raise click.ClickException("every device is lost")
+    while held:
+        for fd, _ in poll.poll():
+            poll.unregister(fd)
+            lost = held.pop(fd)
+            error = lost.device.life.error
+            print(f"virtio-bdev: {lost.name} is lost: {error and words(error)}", file=sys.stderr)
+            lost.close()
+    raise click.ClickException("every device is lost")
