@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import gc
 import mmap
 import os
 import resource
@@ -26,6 +27,15 @@ from virtio_bdev import attach
 def target(request):
     with serve(request.param, "ram:1M") as served:
         yield served.address, request.param
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collected():
+    """Garbage is looked for often here; what other tests have left is not looked at again."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def use(target: tuple[str, str]) -> None:

@@ -3,6 +3,7 @@
 python tests/cli/watched.py REPORT USER ARGUMENT...; USER is a number to become first, or "-".
 """
 
+import gc
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from virtio_bdev.cli import _COMMANDS, cli, main
 
 def belongings() -> dict[str, list[str]]:
     """Descriptors, threads, shared memory and names in use, of which an idle program has few."""
+    gc.collect()
     fds = []
     for name in os.listdir("/proc/self/fd"):
         try:

@@ -268,6 +268,20 @@ def test_a_status_that_was_not_written_is_an_error_of_the_load():
     assert (load.errors, load.latency.count) == (1, 2)
 
 
+def test_a_fault_that_was_none_is_done_without_a_time():
+    bench = Bench(8)
+    load = Load(512, 4096, random=False, requests=3)
+    task = loaded(bench, load, 3)
+    assert bench.queue.run(task, 1000, 0) == requests.IDLE
+    for head, status in zip(bench.arrivals(), [0, 1, 0], strict=True):
+        bench.answer(head, bytes([status]))
+    assert bench.queue.run(task, 1000, 0) == requests.FAULT
+    (fault,) = bench.queue.faults()
+    task.succeed(fault.token)
+    assert bench.queue.run(task, 1000, 0) == requests.DONE
+    assert (task.finished, load.latency.count, load.errors) == (3, 2, 0)
+
+
 def test_slices_stops_and_broken_rings_bring_it_back():
     bench = Bench(8)
     task = loaded(bench, Load(512, 4096, random=True), 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import select
 import threading
@@ -28,6 +29,7 @@ from virtio.ring.requests import (
     FROM_DEVICE,
     IDLE,
     LOST,
+    TICK,
     UNFIT,
     Finished,
     RequestQueue,
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 # What a bad result means: the result, where on the disk, whether it was a transfer of data.
 Explain: TypeAlias = "Callable[[Finished, int, bool], DeviceError | None]"
 
+log = logging.getLogger("virtio.ring")
+
 _RETIRE_S = 5.0
 _TRIES = 8  # of a request that a transient error hits
 _PAUSE_S = 0.001  # before the second try; longer before each further one
@@ -54,6 +58,17 @@ def make_eventfd() -> int:
         return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     except OSError as error:
         raise TransportError(error.errno or errno.EMFILE, "no eventfd to be had: see `ulimit -n`") from error
+
+
+_REASONS = {
+    DONE: "done",
+    TICK: "still at it",
+    IDLE: "nothing to do but wait",
+    FAULT: "a bad result",
+    BROKEN: "broken",
+    LOST: "lost",
+    UNFIT: "does not fit",
+}
 
 
 def deadline_in(seconds: float | None) -> int | None:
@@ -134,6 +149,7 @@ class Lease:
         self.queue = queue
         self.life = life
         self.completion_fd = completion_fd
+        self._told = log.isEnabledFor(logging.DEBUG)  # once: what is not asked for costs nothing
         self._lock = threading.Lock()
         self._quarantine: list[tuple[tuple[Buffer, ...], object]] = []
         self._poll = select.poll()
@@ -215,6 +231,8 @@ class Lease:
         tries: dict[int, int] = {}
         while True:
             reason = self.queue.run(task, _SLICE_NS, spin_ns)
+            if self._told:
+                self._tell(task, reason)
             if reason == DONE:
                 return error
             if reason == FAULT:
@@ -243,6 +261,18 @@ class Lease:
                 if reason == IDLE:
                     self.sleep(deadline)
 
+    def _tell(self, task: Task, reason: int) -> None:
+        """What a run came to, for a trace; a queue is told by its completion descriptor."""
+        log.debug(
+            "queue %d: %d of %d requests of %d bytes submitted, %d completed: %s",
+            self.completion_fd,
+            task.started,
+            task.total,
+            task.part_bytes,
+            task.finished,
+            _REASONS[reason],
+        )
+
     def _try_again(self, part: int, tries: dict[int, int]) -> bool:
         """Whether a part that a transient error hit is worth another try; waits a little before."""
         tries[part] = tries.get(part, 0) + 1
@@ -254,12 +284,16 @@ class Lease:
 
     def sleep(self, deadline: int | None) -> None:
         """Sleep until the device has completed something, the deadline, or the device's end."""
+        begun = time.monotonic_ns() if self._told else 0
         if self.queue.arm():
             left = -1 if deadline is None else max(0, deadline - time.monotonic_ns())
             for fd, _ in self._poll.poll(None if left < 0 else left / 1e6):
                 if fd == self.completion_fd:
                     self._drain()
         self.queue.disarm()
+        if self._told:
+            slept = (time.monotonic_ns() - begun) // 1000
+            log.debug("queue %d: slept %d us, %d in flight", self.completion_fd, slept, self.queue.in_flight)
         if self.queue.kick_failure:
             code = self.queue.kick_failure
             self.life.end(TransportError(code, f"cannot kick the device: {os.strerror(code)}"))
@@ -280,6 +314,8 @@ class Lease:
         finished: list[Finished] = []
         while True:
             finished += self.queue.poll(self.queue.slots)
+            if self._told:
+                log.debug("queue %d: %d of %d answers are here", self.completion_fd, len(finished), least)
             if self.queue.broken:
                 self._raise_broken()
             if len(finished) >= least:

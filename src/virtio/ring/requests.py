@@ -241,7 +241,10 @@ class Task:
         return first
 
     def succeed(self, part: int) -> None:
-        """Count a part that came back with a fault as done, as it was none; for parts of no load."""
+        """Count a part that came back with a fault as done, as it was none; a load does not time it."""
+        if self.load is not None:
+            self._count()
+            return
         self._finish(part, True)
 
     def again(self, part: int) -> None:

@@ -148,17 +148,19 @@ class Function:
             raise ProtocolError("PCI vendor ffff: there is no such device, or it is gone")
         if space[0x0E] & 0x7F:
             raise ProtocolError(f"PCI header type {space[0x0E] & 0x7F:#x}, want 0: no bridge")
+        subsystem_vendor, subsystem = struct.unpack_from("<HH", space, 0x2C)
         found = list(_capabilities(space))
+        structures = (_structure(space, at) for kind, at in found if kind == _VENDOR_SPECIFIC)
+        msix = (_msix(space, at) for kind, at in found if kind == _MSIX)
         return cls(
             vendor,
             device,
             space[0x08],
-            *struct.unpack_from("<HH", space, 0x2C),
-            bars=tuple(_bars(struct.unpack_from(f"<{BARS}I", space, _BARS_AT))),
-            structures=tuple(
-                filter(None, (_structure(space, at) for kind, at in found if kind == _VENDOR_SPECIFIC))
-            ),
-            msix=next(filter(None, (_msix(space, at) for kind, at in found if kind == _MSIX)), None),
+            subsystem_vendor,
+            subsystem,
+            tuple(_bars(struct.unpack_from(f"<{BARS}I", space, _BARS_AT))),
+            tuple(structure for structure in structures if structure is not None),
+            next((found for found in msix if found is not None), None),
         )
 
 
