@@ -26,9 +26,11 @@ HOT = {
         "_release",
         "_finish",
         "_first_bad",
+        "_fill_load",
+        "_count",
     ],
     "device": ["pop", "push"],
-    "doorbell": [],
+    "load": ["offset", "begin", "complete", "enter", "record"],
 }
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="it looks at the C of the compiled modules")

@@ -1,7 +1,6 @@
 """qemu-storage-daemon as a peer: one disk on one vhost-user-blk socket, and its monitor."""
 
 import contextlib
-import json
 import os
 import select
 import signal
@@ -11,7 +10,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from tests.peers.qmp import Monitor
 
 WAIT_S = 10.0  # for anything that it is asked to do
 
@@ -73,26 +74,16 @@ class StorageDaemon:
                 command, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, text=True
             )
         self.pid = self._process.pid
-        self._monitor = ours
-        self._events: list[str] = []
-        self._lines = ours.makefile("r")
-        if "QMP" not in self._receive():
-            self._fail("did not greet")
-        self.qmp("qmp_capabilities")
+        self._socket = ours
+        self._monitor = Monitor(ours, self._fail)
 
     def qmp(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
         """Run a monitor command, and return what it returns."""
-        self._send(command, arguments or {})
-        while "event" in (answer := self._receive()):
-            self._events.append(answer["event"])
-        if "return" not in answer:
-            self._fail(f"answered {command} with {answer}")
-        return answer["return"]
+        return self._monitor.run(command, arguments)
 
     def wait_for_event(self, name: str) -> None:
         """Return when an event of that name has come, since the beginning."""
-        while name not in self._events:
-            self._events.append(self._receive().get("event", ""))
+        self._monitor.wait_for_event(name)
 
     def pause(self) -> None:
         """Make it hang: none of its threads runs when this returns."""
@@ -123,23 +114,11 @@ class StorageDaemon:
             return ""
         self._process.kill()  # QEMU 7.2 would hang if told to quit while a front end is connected
         _, said = self._process.communicate(timeout=WAIT_S)
-        self._lines.close()
-        self._monitor.close()
+        self._socket.close()
         self._folder.cleanup()
         return said
 
-    def _send(self, command: str, arguments: dict[str, Any]) -> None:
-        message = {"execute": command, "arguments": arguments}
-        self._monitor.sendall(json.dumps(message).encode() + b"\n")
-
-    def _receive(self) -> dict[str, Any]:
-        line = self._lines.readline()
-        if not line:
-            self._fail("ended")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def _fail(self, what: str) -> None:
+    def _fail(self, what: str) -> NoReturn:
         raise AssertionError(f"qemu-storage-daemon {what}: {self.close()}")
 
     def __enter__(self) -> "StorageDaemon":

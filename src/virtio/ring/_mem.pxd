@@ -38,8 +38,16 @@ cdef extern from * nogil:
     static inline void vr_sti32(vr_mem m, size_t o, int32_t v) { *VR(volatile int32_t, m, o) = v; }
     static inline void vr_st64(vr_mem m, size_t o, uint64_t v) { *VR(volatile uint64_t, m, o) = v; }
     static inline void vr_field(vr_mem m, size_t o, uint64_t v, int width, int big) {
-        uint8_t *p = (uint8_t *)vr_at(m, o, width);
-        for (int i = 0; i < width; i++) p[i] = (uint8_t)(v >> 8 * (big ? width - 1 - i : i));
+        char *p = vr_at(m, o, width);
+        uint32_t v4;
+        uint16_t v2;
+        if (big) v = __builtin_bswap64(v) >> (64 - 8 * width);
+        switch (width) {
+        case 8: memcpy(p, &v, 8); break;
+        case 4: v4 = (uint32_t)v; memcpy(p, &v4, 4); break;
+        case 2: v2 = (uint16_t)v; memcpy(p, &v2, 2); break;
+        default: for (; width; width--, v >>= 8) *p++ = (char)v;
+        }
     }
     static inline uint16_t vr_ld16_acq(vr_mem m, size_t o) {
         return __atomic_load_n(VR(const uint16_t, m, o), __ATOMIC_ACQUIRE); }

@@ -23,7 +23,7 @@ from virtio.ring.doorbell import Doorbell
 from virtio.ring.lease import Life
 from virtio.ring.region import Mapping, Region
 from virtio.transport.base import QueuePort, RingAreas
-from virtio.wire.pci import NO_VECTOR, Common, Function, Register, Structure, StructureKind
+from virtio.wire.pci import Common, Function, Register, Structure, StructureKind
 from virtio.wire.virtio import MAX_QUEUE_SIZE, ConfigField, Feature, Status
 
 log = logging.getLogger("virtio.pci")
@@ -126,7 +126,6 @@ class Pci:
         self.allowed = int(
             Feature.INDIRECT_DESC
             | Feature.EVENT_IDX
-            | Feature.VERSION_1
             | Feature.ACCESS_PLATFORM  # an IOMMU is set up, or there is none in the way (6.1)
             | Feature.ORDER_PLATFORM
         )
@@ -138,6 +137,7 @@ class Pci:
         self._gone = False
         self._features = 0
         self._status = Status(0)
+        self._lock = threading.Lock()  # for what takes several accesses
         self._mappings: dict[int, Mapping] = {}  # by the region's address
         self._vectors: Sequence[int] | None = None  # eventfds; None until the first queue
         self._completions: dict[int, int] = {}  # by queue: its eventfd, where it is not a vector's
@@ -157,7 +157,7 @@ class Pci:
                 f"{self.address} is {function.vendor:04x}:{function.device:04x}, no virtio device",
             )
         self.device_type = function.device_type
-        self._lock = threading.Lock()
+        self._table = function.msix.vectors if function.msix else 0
         common = self._structure(function, StructureKind.COMMON, Common.BYTES)
         notify = self._structure(function, StructureKind.NOTIFY, _NOTIFY_BYTES)
         if common is None or notify is None:
@@ -309,6 +309,8 @@ class Pci:
 
     def start(self) -> None:
         """DRIVER_OK: from now on the device looks at its queues."""
+        if self._vectors:
+            self._name_vector(Common.CONFIG_MSIX_VECTOR, 0)
         self.set_status(self._status | Status.DRIVER_OK)
 
     def stop(self) -> None:
@@ -355,7 +357,7 @@ class Pci:
             return vectors[own]
         shared = bool(vectors) and self._name_vector(Common.QUEUE_MSIX_VECTOR, 0)
         if index not in self._completions:
-            self._completions[index] = _eventfd(0 if shared else 1 << 63)
+            self._completions[index] = _eventfd() if shared else _always_readable()
             log.debug("%s: queue %d %s", self.address, index, "shares vector 0" if shared else "is polled")
         if shared and self._completions[index] not in self._sharers:
             self._sharers.append(self._completions[index])
@@ -364,10 +366,10 @@ class Pci:
     def _open_vectors(self) -> Sequence[int]:
         if self._vectors is None:
             assert self.max_queues is not None
-            self._vectors = self.windows.interrupts(1 + min(self.max_queues, _MAX_QUEUES))
+            useful = min(1 + min(self.max_queues, _MAX_QUEUES), self._table)
+            self._vectors = self.windows.interrupts(useful)[:useful] if useful else ()
             if self._vectors:
                 control.watch(self._vectors[0], select.EPOLLIN, self._interrupted)
-                self._name_vector(Common.CONFIG_MSIX_VECTOR, 0)
         return self._vectors
 
     def _name_vector(self, register: Register, vector: int) -> bool:
@@ -411,9 +413,12 @@ def _iova(mapping: Mapping, offset: int, nbytes: int) -> int:
     return mapping.table[first] + (offset & (step - 1))
 
 
-def _eventfd(initial: int) -> int:
-    """Non-blocking; one with a large count is readable practically for ever."""
-    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK | os.EFD_SEMAPHORE)
-    if initial:
-        os.eventfd_write(fd, initial)
+def _eventfd(flags: int = 0) -> int:
+    return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK | flags)
+
+
+def _always_readable() -> int:
+    """An eventfd with more in it than is ever taken out: who waits for it does not wait."""
+    fd = _eventfd(os.EFD_SEMAPHORE)
+    os.eventfd_write(fd, 1 << 63)
     return fd

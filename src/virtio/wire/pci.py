@@ -65,7 +65,7 @@ class Common:
 class Bar(NamedTuple):
     """A base address register that is not reserved; `address` is 0 as long as nobody gave it one."""
 
-    index: int
+    number: int
     address: int
     is_io: bool
     is_wide: bool  # 64 bits: the next register is its upper half
