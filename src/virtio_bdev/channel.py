@@ -95,6 +95,11 @@ class Channel:
     def read(self, offset: int, nbytes: int) -> bytes:
         """The bytes of the disk from `offset` on."""
         self._check(offset, nbytes)
+        if 0 < nbytes <= _BOUNCE_BYTES:  # into the pool, and from there in one copy
+            scratch = self._bounce(nbytes, 1)
+            view = scratch.view()[:nbytes]
+            self._transfer(self._disk.read, _one(offset), nbytes, scratch, view)
+            return bytes(view)
         data = bytearray(nbytes)
         self.readinto(offset, data)
         return bytes(data)
@@ -369,7 +374,10 @@ class Channel:
             broken.batch = Batch(task.status, None, 0)
             raise
         if error is not None and raising:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # or its traceback and this frame hold on to each other
         first = next((i for i, code in enumerate(task.status) if code), 0) if error else 0
         return Batch(task.status, error, first)
 

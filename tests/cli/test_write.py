@@ -2,11 +2,12 @@
 
 import os
 import random
+import signal
 import subprocess
 
 import pytest
 
-from tests.cli.program import PROGRAM, output, run
+from tests.cli.program import PROGRAM, children, eventually, output, run, started, stop
 
 DATA = random.Random(2).randbytes(1 << 20)
 
@@ -94,3 +95,12 @@ def test_a_read_only_disk_is_named(scsi):
 def test_an_input_that_cannot_be_read_is_named(arguments, tmp_path, name, words):
     done = run(*arguments, "-i", tmp_path / name)
     assert (done.returncode, done.stderr.decode()) == (1, f"virtio-bdev: {tmp_path / name}: {words}\n")
+
+
+def test_ctrl_c_ends_it_with_130_and_the_device_is_free_again(arguments, disk, image):
+    with started(*arguments, stdin=subprocess.PIPE) as process:
+        assert eventually(lambda: children(disk.pid))
+        assert stop(process, signal.SIGINT) == (130, b"")
+    assert eventually(lambda: not children(disk.pid))
+    output(*arguments, stdin=DATA)
+    assert image.read_bytes() == DATA

@@ -36,8 +36,9 @@ def test_the_eight_steps_are_done_in_order(kind):
         for record in log
         if record.name in ("SET_STATUS", "SET_FEATURES", "GET_STATUS", "start", *RING_SETUP)
     ]
-    assert steps[:6] == [
+    assert steps[:7] == [
         ("SET_STATUS", 0),
+        "GET_STATUS",
         ("SET_STATUS", 1),
         ("SET_STATUS", 3),
         "SET_FEATURES",

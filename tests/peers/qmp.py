@@ -7,16 +7,18 @@ from typing import Any, NoReturn
 
 
 class Monitor:
-    """Owns its socket. `fail` is called with what went wrong, and must not return."""
+    """Owns its socket; `greet` comes first. `fail` is called with what went wrong."""
 
     def __init__(self, ours: socket.socket, fail: Callable[[str], NoReturn]) -> None:
-        """Wait for the greeting, and be ready for commands."""
         self.events: list[str] = []
         self._socket = ours
         self._lines = ours.makefile("r")
         self._fail = fail
+
+    def greet(self) -> None:
+        """Wait for the greeting: then it takes commands."""
         if "QMP" not in self.receive():
-            fail("did not greet")
+            self._fail("did not greet")
         self.run("qmp_capabilities")
 
     def run(self, command: str, arguments: dict[str, Any] | None = None) -> Any:

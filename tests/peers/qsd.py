@@ -74,8 +74,8 @@ class StorageDaemon:
                 command, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, text=True
             )
         self.pid = self._process.pid
-        self._socket = ours
         self._monitor = Monitor(ours, self._fail)
+        self._monitor.greet()
 
     def qmp(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
         """Run a monitor command, and return what it returns."""
@@ -114,7 +114,7 @@ class StorageDaemon:
             return ""
         self._process.kill()  # QEMU 7.2 would hang if told to quit while a front end is connected
         _, said = self._process.communicate(timeout=WAIT_S)
-        self._socket.close()
+        self._monitor.close()
         self._folder.cleanup()
         return said
 

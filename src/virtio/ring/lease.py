@@ -77,13 +77,14 @@ def deadline_in(seconds: float | None) -> int | None:
 
 
 class Life:
-    """Whether a device is still there, for all who wait for it. Owns an eventfd.
+    """Whether the device `name` is still there, for all who wait for it. Owns an eventfd.
 
     `end` may be called from any thread, and counts once; from then on `fd` is readable, compiled
     loops come back, and `check` raises.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.fd = make_eventfd()
         self.error: VirtioError | None = None
         self._queues: list[RequestQueue] = []
@@ -102,7 +103,7 @@ class Life:
         with self._lock:
             if self.error is not None:
                 return
-            self.error = error
+            self.error = type(error)(*error.args)  # a copy: the traceback holds on to everything
             for queue in self._queues:
                 queue.stop()
             if self.fd >= 0:
@@ -296,7 +297,7 @@ class Lease:
             log.debug("queue %d: slept %d us, %d in flight", self.completion_fd, slept, self.queue.in_flight)
         if self.queue.kick_failure:
             code = self.queue.kick_failure
-            self.life.end(TransportError(code, f"cannot kick the device: {os.strerror(code)}"))
+            self.life.end(TransportError(code, f"cannot kick {self.life.name}: {os.strerror(code)}"))
         self.life.check()
 
     @contextlib.contextmanager
@@ -347,11 +348,11 @@ class Lease:
     def _check_deadline(self, deadline: int | None, waiting: int) -> None:
         if deadline is not None and time.monotonic_ns() >= deadline:
             raise RequestTimeout(
-                f"the device has not answered {waiting} requests in time; they may still take effect"
+                f"{self.life.name} has not answered {waiting} requests in time; they may still take effect"
             )
 
     def _raise_broken(self) -> None:
         if self.queue.broken:
-            self.life.end(ProtocolError(f"the device broke its ring: {self.queue.ring.fault()}"))
+            self.life.end(ProtocolError(f"{self.life.name} broke its ring: {self.queue.ring.fault()}"))
         self.life.check()
         raise ClosedError("the queue was stopped")

@@ -53,6 +53,10 @@ class Region:
         self.view = memoryview(memory)
         self.address = address_of(self.view)
 
+    def __del__(self) -> None:
+        if getattr(self, "fd", -1) >= 0:
+            os.close(self.fd)
+
     def close(self) -> None:
         """Close the descriptor and drop the mapping; idempotent."""
         if self.fd >= 0:

@@ -52,6 +52,8 @@ class Store(Protocol):
 class FileStore:
     """A regular file or a block device, in place."""
 
+    _fd = -1
+
     def __init__(
         self, path: str, *, read_only: bool = False, block_size: int = 512, serial: str = ""
     ) -> None:
@@ -106,7 +108,12 @@ class FileStore:
             self.write(at, [memoryview(_ZEROS)[: offset + nbytes - at]])
 
     def close(self) -> None:
-        os.close(self._fd)
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class MemoryStore(FileStore):

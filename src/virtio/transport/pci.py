@@ -122,7 +122,7 @@ class Pci:
         self.address = f"pci:{windows.name}"
         self.windows = windows
         self.timeout = timeout
-        self.life = Life()
+        self.life = Life(self.address)
         self.allowed = int(
             Feature.INDIRECT_DESC
             | Feature.EVENT_IDX

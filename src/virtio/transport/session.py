@@ -139,7 +139,8 @@ class Session:
         if refusal:
             raise TransportError(
                 errno.EIO,
-                f"the back end at {self.path} refused {message.describe()}: it answered {refusal:#x}",
+                f"the back end at {self.path} refused {Message(request, VERSION, payload).describe()}: "
+                f"it answered {refusal:#x}",
             )
 
     def ask(self, request: Request, decode: Callable[[bytes], T], payload: bytes = b"") -> T:
@@ -162,11 +163,11 @@ class Session:
                 with self._blaming(message):
                     return decode(self._reply(message, deadline).payload)
             except VirtioError as error:
-                self.error = error
+                self.error = type(error)(*error.args)  # a copy: the traceback holds on to everything
                 raise
             except OSError as error:
                 self.error = self._gone(message, error)
-                raise self.error from error
+                raise self._gone(message, error) from error
             finally:
                 if self.error is not None:  # the descriptor may be watched: `close` closes it
                     with contextlib.suppress(OSError):

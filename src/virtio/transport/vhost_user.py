@@ -81,7 +81,7 @@ class VhostUser:
         self._slots = 8
         self._ports: list[tuple[int, int]] = []  # kick and call eventfd of each ring
         self._back: socket.socket | None = None
-        self.life = Life()
+        self.life = Life(self.address)
         try:
             self._session = Session(path, timeout)
         except BaseException:

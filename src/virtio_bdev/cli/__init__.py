@@ -59,7 +59,11 @@ class _Commands(click.Group):
 def cli() -> None:
     """Drive virtio-scsi and virtio-blk devices from user space.
 
-    ADDRESS is user:PATH, the vhost-user socket of a back end, such as user:/tmp/vhost.0.
+    ADDRESS is user:PATH, the vhost-user socket of a back end. To begin with:
+
+    \b
+      virtio-bdev target disk.sock --disk ram:64M &
+      virtio-bdev list user:disk.sock
 
     The exit status is 0 for success, 1 for an error, 2 for wrong usage and 130 after Ctrl-C.
     """

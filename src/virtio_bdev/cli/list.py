@@ -15,8 +15,8 @@ from virtio_bdev.cli.options import controller_options
 
 
 @click.command()
-@controller_options
 @click.option("--json", "as_json", is_flag=True, help="As SPDK's bdev_get_bdevs prints it.")
+@controller_options
 def command(controller: Controller, as_json: bool, **_: Any) -> None:
     """List the disks behind ADDRESS."""
     if as_json:

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from virtio_bdev import Bdev, Channel, Controller, DeviceError, RequestTimeout
+from virtio_bdev import Bdev, Channel, Controller, DeviceError, ProtocolError, RequestTimeout
 from virtio_bdev.cli.trace import verbose_option, words
 from virtio_bdev.config import DEV_TYPES, OPTIONS, BdevSpec, Option
 
@@ -45,7 +45,8 @@ class Address(click.ParamType[Any]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         kind, _, path = str(value).partition(":")
         if kind != "user" or not path:
-            self.fail(f"{value!r}: want user:PATH, the path of a vhost-user socket", param, ctx)
+            perhaps = "" if ":" in str(value) else f"; perhaps user:{value}"
+            self.fail(f"{value!r}: want user:PATH, a vhost-user socket{perhaps}", param, ctx)
         return str(value)
 
 
@@ -117,7 +118,7 @@ def channel_to(bdev: Bdev, timeout: float) -> Iterator[Channel]:
     with bdev.open(timeout=timeout) as channel:
         try:
             yield channel
-        except (DeviceError, RequestTimeout) as error:
+        except (DeviceError, ProtocolError, RequestTimeout) as error:
             raise click.ClickException(f"{bdev.name}: {words(error)}") from error
 
 

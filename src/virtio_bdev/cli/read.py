@@ -12,11 +12,11 @@ from virtio_bdev.config import BdevSpec
 
 
 @click.command()
-@device_options
 @click.option("--bdev", "disk", metavar="NAME", help="Name of the disk, where there are several.")
 @click.option("--offset", type=SIZE, default=0, help="Byte to begin at: 4096, 4k, 1M, 2GiB.")
 @click.option("--length", type=SIZE, help="Bytes to read; to the end of the disk unless given.")
 @click.option("-o", "--output", metavar="FILE", help="File to write; - for stdout, the default.")
+@device_options
 def command(spec: BdevSpec, disk: str | None, offset: int, length: int | None, output: str | None) -> None:
     """Copy a disk behind ADDRESS, or a part of it, to a file."""
     if output is None and os.isatty(1):

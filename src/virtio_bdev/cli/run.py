@@ -23,14 +23,19 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
     "path",
     metavar="FILE",
     required=True,
-    help="File with a [Virtio] section; see docs/config.md.",
+    help="File that names the devices.",
 )
 @verbose_option
 def command(path: str) -> None:
     """Attach the devices of a configuration file, and hold them until SIGTERM or SIGINT.
 
     Prints their disks, then "ready"; on an error nothing stays attached. A device that is lost
-    is reported, and the others are held; without any, the exit status is 1.
+    is reported, and the others are held; without any, the exit status is 1. A file looks like this:
+
+    \b
+      [Virtio]
+      Dev User /tmp/vhost.0
+      Dev User /run/blk.0 blk name=Fast0 queues=4
     """
     wanted = config.load(path)
     if wanted.ignored:

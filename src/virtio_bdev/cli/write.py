@@ -11,13 +11,13 @@ from virtio_bdev.config import BdevSpec
 
 
 @click.command()
-@device_options
 @click.option("--bdev", "disk", metavar="NAME", help="Name of the disk, where there are several.")
 @click.option("--offset", type=SIZE, default=0, help="Byte to begin at: 4096, 4k, 1M, 2GiB.")
 @click.option(
     "-i", "--input", "source", metavar="FILE", default="-", help="File to read; - for stdin, the default."
 )
 @click.option("--pad", type=click.Choice(["zeros"]), help="What to fill the last block up with.")
+@device_options
 def command(spec: BdevSpec, disk: str | None, offset: int, source: str, pad: str | None) -> None:
     """Copy a file to a disk behind ADDRESS, and flush it."""
     with opened(source, write=False) as file, spec.attach() as controller:
