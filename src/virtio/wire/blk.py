@@ -146,9 +146,7 @@ def config_span(features: int) -> int:
 def config_accesses(features: int) -> list[ConfigField]:
     """The fields that these features define, and no others."""
     return [
-        field
-        for offset, layout, _ in _defined(features)
-        for field in config_fields(layout.format, offset)
+        field for offset, layout, _ in _defined(features) for field in config_fields(layout.format, offset)
     ]
 
 
