@@ -12,7 +12,7 @@ import sys
 from array import array
 
 import virtio_bdev
-from virtio_bdev import Bdev, Channel, Controller
+from virtio_bdev import Bdev, Channel, Controller, DevType
 
 BLOCK = 4096
 AT_ONCE = 1024  # blocks of one batch
@@ -48,8 +48,8 @@ def verify(controller: Controller, bdev: Bdev, channel: Channel) -> int:
 
 
 def main() -> None:
-    _, address, dev_type = sys.argv
-    assert dev_type == "blk" or dev_type == "scsi"
+    _, address, kind = sys.argv
+    dev_type: DevType = "blk" if kind == "blk" else "scsi"
     with virtio_bdev.attach(address, dev_type=dev_type) as controller:
         for bdev in controller.values():
             with bdev.open() as channel:
