@@ -23,7 +23,11 @@ OLDEST = (3, 11)
 # The peers: program, Debian packages that have it (which one depends on the release), what it is for.
 PEERS = [
     ("qemu-storage-daemon", "qemu-system-common qemu-utils", "a vhost-user-blk target that is not ours"),
-    ("qemu-system-x86_64", "qemu-system-x86", "a guest that boots from our target"),
+    (
+        "qemu-system-x86_64",
+        "qemu-system-x86",
+        "a guest that boots from our target, and PCI devices without a guest",
+    ),
     ("mkfs.ext4", "e2fsprogs", "makes a disk image with something in it"),
     ("debugfs", "e2fsprogs", "reads files out of an ext4 image"),
     ("sg_decode_sense", "sg3-utils", "decodes SCSI sense data"),

@@ -12,6 +12,7 @@ from virtio.wire.virtio import (
     DeviceType,
     Feature,
     Status,
+    config_fields,
     feature_names,
 )
 from virtio.wire.virtio_scsi import ScsiFeature
@@ -87,3 +88,10 @@ def test_a_bit_that_nobody_knows_is_numbered():
 @given(st.integers(0, 2**128 - 1), st.sampled_from([BlkFeature, ScsiFeature]))
 def test_every_set_bit_is_named_once(bits: int, device: type[enum.IntFlag]):
     assert len(set(feature_names(bits, device))) == bits.bit_count()
+
+
+def test_the_fields_of_a_configuration_space_are_those_of_its_format():
+    """PCI-3: each is accessed by its own width, and padding is not accessed."""
+    assert config_fields("<QI?3xHBB", 8) == [(8, 8), (16, 4), (20, 1), (24, 2), (26, 1), (27, 1)]
+    assert config_fields("2I2xH") == [(0, 4), (4, 4), (10, 2)]
+    assert config_fields("24x") == []

@@ -249,8 +249,7 @@ class Task:
 
     def again(self, part: int) -> None:
         """Send a part that came back with a fault once more; for parts of no load."""
-        del self._again_array[self._again_count :]
-        self._again_array.append(part)
+        self._again_array = self._again_array[: self._again_count] + array("Q", [part])
         self._again = window(self._again_array)
         self._again_count += 1
         self.active -= 1

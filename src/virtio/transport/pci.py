@@ -98,7 +98,11 @@ class _IndirectRegisters(_Registers):
             self._windows.write_config(self._at + _DATA, register.width, value)
 
     def doorbell(self, offset: int, value: int) -> Doorbell:
-        return Doorbell(call=lambda: self.write(Register(offset, _NOTIFY_BYTES), value))
+        def ring() -> None:
+            with contextlib.suppress(VirtioError):  # it is gone, which who waits for it finds out
+                self.write(Register(offset, _NOTIFY_BYTES), value)
+
+        return Doorbell(call=ring)
 
     def _point_to(self, register: Register) -> None:
         self._windows.write_config(self._at + _BAR, 1, self._bar)
