@@ -262,10 +262,11 @@ class Channel:
         write: bool,
     ) -> Batch:
         where = memoryview(offsets)
-        if where.format.lstrip("@=<") not in _OFFSETS or where.itemsize != 8 or not where.c_contiguous:
+        integers = where.format.lstrip("@=<") in _OFFSETS and where.itemsize == 8
+        if not integers or where.ndim != 1 or not where.c_contiguous:
             raise RequestError(
-                f"offsets of format {where.format!r} and {where.itemsize} bytes: want contiguous 64-bit "
-                'integers, such as array("Q")'
+                f"offsets of format {where.format!r}, {where.itemsize} bytes, in {where.ndim} dimensions: "
+                'want contiguous 64-bit integers, such as array("Q")'
             )
         view = _bytes_of(user, writable=not write)
         self._check(0, nbytes, write=write)
@@ -275,6 +276,7 @@ class Channel:
             raise RequestError(f"{view.nbytes} bytes for {len(where)} items of {nbytes}")
         if len(where) == 0:
             return Batch(array("i"), None, 0)
+        where = where.cast("B").cast("Q")
         bad = first_bad_offset(where, nbytes, self.bdev.block_size, self.bdev.size)
         if bad >= 0:
             self._check(where[bad], nbytes)

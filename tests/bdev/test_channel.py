@@ -167,8 +167,10 @@ def test_unfit_memory_is_refused(channel):
         channel.write(0, memoryview(bytearray(2048))[::2])
     with pytest.raises(RequestError, match="512 bytes for 2 items of 512"):
         channel.read_batch(array("Q", [0, 512]), 512, bytearray(512))
-    with pytest.raises(RequestError, match="64-bit"):
-        channel.read_batch(array("I", [0, 512]), 512, bytearray(1024))
+    square = memoryview(bytes(32)).cast("Q", (2, 2))
+    for offsets in (array("I", [0, 512]), array("d", [0.0, 512.0]), square):
+        with pytest.raises(RequestError, match="64-bit"):
+            channel.read_batch(offsets, 512, bytearray(1024))
 
 
 @pytest.mark.parametrize("in_place", [True, False])

@@ -7,6 +7,9 @@ and, with indirect descriptors, the table; its private half (64 bytes) records w
 A *template* is one operation on one disk: the header's bytes and how to patch offset, length and
 tag into them. A *task* is many requests of one template, run without the GIL.
 
+The module is long because templates, tasks and slots are one compiled unit: what the loop touches of
+each of them is a field in C, not a call.
+
 The result field is poisoned before each submit: a device that completes a request without writing
 a status must not find an old success there.
 """
