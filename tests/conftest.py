@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -31,6 +32,8 @@ def compiled_modules() -> list[str]:
 
 def pytest_configure() -> None:
     """Nothing is worth running if it is not the code that was meant."""
+    # Started in the background of a shell, we and our children would ignore Ctrl-C, which some tests press.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in compiled_modules():
         spec = importlib.util.find_spec(name)
         origin = str(spec.origin) if spec else "nowhere"
