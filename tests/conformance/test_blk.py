@@ -8,7 +8,7 @@ from tests.conformance.driver import backend, channel, connect, ended, exercise,
 from tests.model import Backend, Blk
 from tests.model.blk import IOERR, UNSUPP, BlkFeature, BlkRequest, Type
 from tests.model.options import RING_FEATURES
-from tests.model.wire import F
+from tests.model.wire import F, Status
 from virtio.errors import DeviceError, ReadOnlyError, RequestError, VirtioError
 
 B = BlkFeature
@@ -62,10 +62,14 @@ def test_writeback_is_not_read_before_features_ok():
     with Backend(Blk(features=BASIC | B.FLUSH | B.CONFIG_WCE | B.MQ)) as model:
         with channel(model):
             pass
-        names = model.names()
+        agreed = next(
+            at
+            for at, record in enumerate(model.log)
+            if record.name == "SET_STATUS" and record.value & Status.FEATURES_OK
+        )
         early = [
             record.value
-            for record in model.log[: names.index("GET_STATUS")]
+            for record in model.log[:agreed]
             if record.name == "GET_CONFIG" and record.value[0] <= 32 < sum(record.value[:2])
         ]
         assert not early, f"BLK-3: read {early} before FEATURES_OK"
