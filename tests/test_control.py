@@ -4,6 +4,8 @@ import os
 import select
 import threading
 
+import pytest
+
 from tests.leaks import open_fds
 from virtio import control
 
@@ -49,6 +51,28 @@ def test_a_callback_may_unwatch_itself_and_the_thread_ends():
     assert done.wait(5)
     thread.join(5)
     assert not thread.is_alive()
+    os.close(reader)
+    os.close(writer)
+
+
+def test_ctrl_c_while_the_thread_starts_ends_it_quietly(monkeypatch, capfd):
+    started = []
+
+    def start(thread, real=threading.Thread.start):
+        real(thread)
+        started.append(thread)
+        raise KeyboardInterrupt
+
+    reader, writer = os.pipe()
+    before = open_fds()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        with pytest.raises(KeyboardInterrupt):
+            control.watch(reader, select.EPOLLIN, lambda events: None)
+    started[0].join(5)
+    assert not started[0].is_alive()
+    assert open_fds() == before
+    assert capfd.readouterr().err == ""
     os.close(reader)
     os.close(writer)
 

@@ -34,7 +34,12 @@ class _Loop:
             undo.callback(os.close, self._wake)
             self.epoll.register(self._wake, select.EPOLLIN)
             self._thread = threading.Thread(target=self._run, name="virtio-control", daemon=True)
-            self._thread.start()
+            try:
+                self._thread.start()
+            except KeyboardInterrupt:  # while it waited for the thread, which has the descriptors by now
+                undo.pop_all()
+                os.eventfd_write(self._wake, 1)
+                raise
             undo.pop_all()
 
     def stop(self) -> None:
