@@ -1,6 +1,6 @@
 """The control thread: one epoll loop a process, for everything that is not a request.
 
-It exists while something is watched. Callbacks run in it, one at a time, and must not block.
+It exists while something is watched or timed. Callbacks run in it, one at a time, and must not block.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import os
 import select
 import threading
+import time
 from collections.abc import Callable
 
 from virtio.errors import TransportError
@@ -27,6 +28,8 @@ class _Loop:
 
     def __init__(self) -> None:
         self.callbacks: dict[int, Callback] = {}
+        self.timers: set[Timer] = set()
+        self.stopped = False
         with contextlib.ExitStack() as undo:
             self.epoll = select.epoll()
             undo.callback(self.epoll.close)
@@ -38,15 +41,21 @@ class _Loop:
                 self._thread.start()
             except KeyboardInterrupt:  # while it waited for the thread, which has the descriptors by now
                 undo.pop_all()
-                os.eventfd_write(self._wake, 1)
+                self.stopped = True
+                self.wake()
                 raise
             undo.pop_all()
 
     def stop(self) -> None:
         """Let the thread end, and wait for that unless this is it."""
-        os.eventfd_write(self._wake, 1)
+        self.stopped = True
+        self.wake()
         if threading.current_thread() is not self._thread:
             self._thread.join(_JOIN_S)  # at the end of the interpreter it never comes
+
+    def wake(self) -> None:
+        """Let the thread look at its timers anew."""
+        os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
         self.epoll.close()
@@ -54,18 +63,36 @@ class _Loop:
 
     def _run(self) -> None:
         while True:
-            for fd, events in self.epoll.poll():
+            for fd, events in self.epoll.poll(self._patience()):
                 if fd == self._wake:
-                    self.close()
-                    return
+                    if self.stopped:
+                        self.close()
+                        return
+                    os.eventfd_read(self._wake)
+                    continue
                 with _lock:
                     callback = self.callbacks.get(fd)
                     if callback is not None:
                         self._call(callback, events)
+            self._tick()
 
-    def _call(self, callback: Callback, events: int) -> None:
+    def _patience(self) -> float | None:
+        """How long to wait for events: until the next timer is due."""
+        with _lock:
+            due = min((timer.due for timer in self.timers), default=None)
+        return None if due is None else max(0.0, due - time.monotonic())
+
+    def _tick(self) -> None:
+        with _lock:
+            now = time.monotonic()
+            for timer in [timer for timer in self.timers if timer.due <= now]:
+                if timer in self.timers:  # none of those before it has cancelled it
+                    timer.due = now + timer.seconds
+                    self._call(timer.callback)
+
+    def _call(self, callback: Callable[..., None], *details: int) -> None:
         try:
-            callback(events)
+            callback(*details)
         except Exception:  # one watcher's mistake must not end everybody's loop
             log.exception("a callback of the control thread failed")
 
@@ -80,32 +107,76 @@ def watch(fd: int, events: int, callback: Callback) -> None:
     Level-triggered: a callback that does not clear the reason must `unwatch`. TransportError when
     there is no descriptor, thread or memory left to do it.
     """
-    global _loop
     with _lock:
+        loop = _running()
+        loop.callbacks[fd] = callback
         try:
-            if _loop is None:
-                _loop = _Loop()
-            _loop.callbacks[fd] = callback
-            _loop.epoll.register(fd, events)
-        except (OSError, RuntimeError) as error:
+            loop.epoll.register(fd, events)
+        except OSError as error:
             unwatch(fd)
-            code = getattr(error, "errno", None) or errno.EAGAIN
-            words = f"no control thread: {error}; see `ulimit -n` and `ulimit -u`"
-            raise TransportError(code, words) from error
+            raise _cannot(error) from error
 
 
 def unwatch(fd: int) -> None:
     """Stop watching, before the descriptor is closed; no callback for it runs afterwards."""
-    global _loop
     idle = None
     with _lock:
         if _loop is not None and _loop.callbacks.pop(fd, None) is not None:
             with contextlib.suppress(OSError):  # it never came to be watched
                 _loop.epoll.unregister(fd)
-            if not _loop.callbacks:
-                idle, _loop = _loop, None
+            idle = _idle()
     if idle is not None:
         idle.stop()
+
+
+class Timer:
+    """Calls `callback()` in the control thread every so many `seconds`, until it is cancelled.
+
+    TransportError when there is no descriptor, thread or memory left to do it.
+    """
+
+    def __init__(self, seconds: float, callback: Callable[[], None]) -> None:
+        self.seconds, self.callback = seconds, callback
+        self.due = time.monotonic() + seconds
+        with _lock:
+            loop = _running()
+            loop.timers.add(self)
+            loop.wake()
+
+    def cancel(self) -> None:
+        """Call no more; idempotent."""
+        idle = None
+        with _lock:
+            if _loop is not None and self in _loop.timers:
+                _loop.timers.discard(self)
+                idle = _idle()
+        if idle is not None:
+            idle.stop()
+
+
+def _running() -> _Loop:
+    """The loop, begun if there is none; for who holds the lock."""
+    global _loop
+    if _loop is None:
+        try:
+            _loop = _Loop()
+        except (OSError, RuntimeError) as error:
+            raise _cannot(error) from error
+    return _loop
+
+
+def _idle() -> _Loop | None:
+    """The loop, if nobody needs it any more, for who holds the lock to stop it after letting go."""
+    global _loop
+    idle = None
+    if _loop is not None and not _loop.callbacks and not _loop.timers:
+        idle, _loop = _loop, None
+    return idle
+
+
+def _cannot(error: Exception) -> TransportError:
+    code = getattr(error, "errno", None) or errno.EAGAIN
+    return TransportError(code, f"no control thread: {error}; see `ulimit -n` and `ulimit -u`")
 
 
 def _after_fork_in_child() -> None:

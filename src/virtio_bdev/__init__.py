@@ -6,6 +6,7 @@ with virtio_bdev.attach("user:/run/vhost.0", dev_type="blk") as controller:
             print(bdev.name, channel.read(0, 512))
 """
 
+from virtio.device.probe import Reply as ScsiReply
 from virtio.errors import (
     ChannelInUse,
     ClosedError,
@@ -22,9 +23,11 @@ from virtio.errors import (
 from virtio.ring.buffer import Buffer
 from virtio_bdev.bdev import Bdev
 from virtio_bdev.channel import Batch, Channel
+from virtio_bdev.events import Added, Event, Events, Lost, Removed, Resized
 from virtio_bdev.registry import Controller, DevType, attach
 
 __all__ = [
+    "Added",
     "Batch",
     "Bdev",
     "Buffer",
@@ -34,12 +37,18 @@ __all__ = [
     "Controller",
     "DevType",
     "DeviceError",
+    "Event",
+    "Events",
+    "Lost",
     "NoQueueError",
     "ProtocolError",
     "QueueFullError",
     "ReadOnlyError",
+    "Removed",
     "RequestError",
     "RequestTimeout",
+    "Resized",
+    "ScsiReply",
     "TransportError",
     "VirtioError",
     "attach",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from virtio.errors import ReadOnlyError, RequestError
+from virtio.errors import ReadOnlyError, RequestError, TransportError
 from virtio_bdev.channel import Channel, Wait
 
 if TYPE_CHECKING:
@@ -16,18 +17,20 @@ _UUIDS = uuid.UUID("5b9d0d4e-6d0c-5b0a-9b60-0d6b1a8f2f11")  # of this library, f
 
 
 class Bdev:
-    """One disk of a controller: attributes that do not change, and channels to it.
+    """One disk of a controller: what it is, and channels to it.
 
-    `size` and `block_size` are in bytes; every offset and length is a multiple of `block_size`.
-    `uuid` is made from the controller's address and the disk's place there, since identifiers that
-    devices give are not unique.
+    `size` and `block_size` are in bytes; every offset and length is a multiple of `block_size`. The
+    size may change, see `Controller.events`. `uuid` is made from the disk's own name where that is
+    unique (NAA, EUI-64 or UUID), else from the controller's address and the disk's place there.
     """
 
     def __init__(self, controller: Controller, disk: Disk, name: str) -> None:
         self.name = name
         self.controller = controller
         self.disk = disk
-        self.uuid = str(uuid.uuid5(_UUIDS, f"{controller.address} {disk.place}"))
+        own = disk.identity if disk.unique else f"{controller.address} {disk.place}"
+        self.uuid = str(uuid.uuid5(_UUIDS, own))
+        self._removed = False
 
     @property
     def size(self) -> int:
@@ -52,8 +55,19 @@ class Bdev:
 
     @property
     def state(self) -> str:
-        """ "online", or "lost" once the device has gone or was closed."""
-        return "online" if self.controller.device.life.error is None else "lost"
+        """ "online", or "lost" once the disk or its device has gone, or was closed."""
+        lost = self._removed or self.controller.device.life.error is not None
+        return "lost" if lost else "online"
+
+    def remove(self) -> None:
+        """The disk is not there any more; for `Controller` to call."""
+        self._removed = True
+
+    def check_online(self) -> None:
+        """Raise TransportError(ENODEV) if the disk was removed, or what has ended its device."""
+        self.controller.device.life.check()
+        if self._removed:
+            raise TransportError(errno.ENODEV, f"{self.name} was removed from {self.controller.address}")
 
     def open(self, *, wait: Wait = "adaptive", timeout: float | None = 30.0) -> Channel:
         """A channel on this thread's queue, or on a free one that becomes this thread's.

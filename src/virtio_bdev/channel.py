@@ -30,6 +30,7 @@ from virtio.ring.requests import (
 if TYPE_CHECKING:
     from typing_extensions import Buffer as BufferProtocol
 
+    from virtio.device.disk import Disk
     from virtio.ring.load import Load
     from virtio_bdev.bdev import Bdev
 
@@ -85,7 +86,6 @@ class Channel:
         self.timeout = timeout
         self.wait = wait
         self._controller = bdev.controller
-        self._disk = bdev.disk
         self._scratch: Buffer | None = None
         self._lease = self._controller.take_lease()
         self.closed = False
@@ -124,7 +124,14 @@ class Channel:
         self._check(offset, nbytes, write=True)
         if self._disk.unmap is None:
             raise RequestError(f"{self.bdev.name} does not support unmap")
-        self._command(self._disk.unmap, offset, nbytes, self._disk.limits.max_unmap)
+        limits = self._disk.limits
+        granule = limits.unmap_alignment
+        if granule and nbytes > limits.max_unmap and (odd := (offset - limits.unmap_start) % granule):
+            # Up to the next granule first, so that the parts that follow cut none in two.
+            head = min(granule - odd, limits.max_unmap)
+            self._command(self._disk.unmap, offset, head, head)
+            offset, nbytes = offset + head, nbytes - head
+        self._command(self._disk.unmap, offset, nbytes, limits.max_unmap)
 
     def write_zeroes(self, offset: int, nbytes: int, *, unmap: bool = True) -> None:
         """Make these bytes zero; with `unmap` the disk may give the space back, if it can."""
@@ -386,7 +393,11 @@ class Channel:
     def _check_open(self) -> None:
         if self.closed:
             raise ClosedError(f"this channel of {self.bdev.name} was closed")
-        self._controller.device.life.check()
+        self.bdev.check_online()
+
+    @property
+    def _disk(self) -> Disk:
+        return self.bdev.disk  # another one after a change of size
 
     def _check(self, offset: int, nbytes: int, *, write: bool = False) -> None:
         self._check_open()

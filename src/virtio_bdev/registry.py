@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Literal, TypeAlias
 
-from virtio.device.base import Device, bring_up
+from virtio.device.base import MAX_TRANSFER, Device, bring_up, weakly
 from virtio.device.blk import BlkDevice
+from virtio.device.dialogue import execute
+from virtio.device.disk import Disk
+from virtio.device.probe import Reply
 from virtio.device.scsi import ScsiDevice
-from virtio.errors import NoQueueError, RequestError
+from virtio.errors import ClosedError, NoQueueError, RequestError, VirtioError
 from virtio.ring.buffer import Buffer
 from virtio.ring.lease import Lease, deadline_in
 from virtio.transport.vhost_user import VhostUser
+from virtio.wire.virtio_scsi import CDB_SIZE, encode_lun
 from virtio_bdev.bdev import Bdev
+from virtio_bdev.events import Added, Event, Events, Lost, Removed, Resized
+
+log = logging.getLogger("virtio.bdev")
 
 DevType: TypeAlias = Literal["scsi", "blk"]
 
@@ -64,9 +73,102 @@ class Controller(Mapping[str, Bdev]):
         self._leases: dict[int, tuple[Lease, int]] = {}  # by thread: lease and its channels
         self._free = list(reversed(device.leases))
         self._closed = True  # until it holds something
-        disks = device.discover(deadline)
-        self._bdevs = {name + disk.place: Bdev(self, disk, name + disk.place) for disk in disks}
+        self._streams: weakref.WeakSet[Events] = weakref.WeakSet()
+        self._bdevs: dict[str, Bdev] = {}
+        device.report = weakly(self._update)
+        self._update(device.discover(deadline))
+        device.life.on_end = weakly(self._lost)
+        device.follow()
         self._closed = False
+
+    def _update(self, disks: list[Disk]) -> None:
+        """These are the disks now."""
+        events: list[Event] = []
+        with self._lock:
+            before, bdevs = self._bdevs, {}
+            for disk in disks:
+                name = self.name + disk.place
+                bdev = before.get(name)
+                if bdev is not None and bdev.disk.identity == disk.identity:
+                    size, bdev.disk = bdev.disk.size, disk
+                    if size != disk.size:
+                        events.append(Resized(bdev, size))
+                else:
+                    bdev = Bdev(self, disk, name)
+                    events.append(Added(bdev))
+                bdevs[name] = bdev
+            removed = [bdev for name, bdev in before.items() if bdevs.get(name) is not bdev]
+            for bdev in removed:
+                bdev.remove()
+            self._bdevs = bdevs
+            for event in [*map(Removed, removed), *events]:
+                self._tell(event)
+
+    def _lost(self, error: VirtioError) -> None:
+        with self._lock:
+            if not isinstance(error, ClosedError):
+                self._tell(Lost(error))
+            for stream in list(self._streams):
+                stream.end()
+
+    def _tell(self, event: Event) -> None:
+        log.info("%s: %s", self.name, event)
+        for stream in list(self._streams):
+            stream.put(event)
+
+    def events(self) -> Events:
+        """What happens to the disks from now on: waits for each event, and ends with the controller."""
+        stream = Events()
+        with self._lock:
+            self._streams.add(stream)
+            if self.device.life.error is not None:
+                stream.end()
+        return stream
+
+    def rescan(self) -> None:
+        """Look for disks that came or went without an event; blocks, and tells `events`.
+
+        RequestTimeout where the device takes longer than the time-out of `attach`. Does nothing
+        for virtio-blk.
+        """
+        self.device.life.check()
+        if isinstance(self.device, ScsiDevice):
+            self.device.rescan()
+
+    def scsi(
+        self,
+        target: int,
+        lun: int,
+        cdb: bytes,
+        data: bytes = b"",
+        *,
+        nbytes: int = 0,
+        timeout: float | None = 30.0,
+    ) -> Reply:
+        """Send a SCSI command as it is to a unit, attached or not, and return the answer as it is.
+
+        `cdb` has up to 32 bytes. `data` goes to the device, or at most `nbytes` come from it: up to
+        1 MiB either way. On this thread's queue; whatever the command does to a disk that is in use
+        is the caller's affair. RequestError for a controller that is not virtio-scsi, RequestTimeout
+        after `timeout` seconds, when the command may still take effect.
+        """
+        device = self.device
+        if not isinstance(device, ScsiDevice):
+            raise RequestError(f"{self.name} is not a virtio-scsi controller: it takes no SCSI commands")
+        if not 0 < len(cdb) <= CDB_SIZE:
+            raise RequestError(f"a command of {len(cdb)} bytes, want 1 to {CDB_SIZE}")
+        if (data and nbytes) or not 0 <= max(nbytes, len(data)) <= MAX_TRANSFER or nbytes < 0:
+            raise RequestError(
+                f"{len(data)} bytes to the device and {nbytes} from it: want one of them, up to "
+                f"{MAX_TRANSFER}"
+            )
+        address = encode_lun(target, lun)
+        lease = self.take_lease()
+        try:
+            with lease:
+                return execute(lease, device.pool, address, cdb, bytes(data), nbytes, deadline_in(timeout))
+        finally:
+            self.return_lease(lease)
 
     def buffer(self, nbytes: int) -> Buffer:
         """DMA memory that any channel of this controller moves data to and from without a copy.
@@ -116,7 +218,7 @@ class Controller(Mapping[str, Bdev]):
         return self._bdevs[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._bdevs)
+        return iter(tuple(self._bdevs))
 
     def __len__(self) -> int:
         return len(self._bdevs)

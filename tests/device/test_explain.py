@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from virtio.device import blk, scsi
+from virtio.device import blk, scsi_errors
 from virtio.ring.requests import Finished
 from virtio.wire.virtio_scsi import Response
 
@@ -19,7 +19,7 @@ def sense(key, asc, ascq):
 def explain(response, transfer=True):
     encoded = response.encode()
     result = int.from_bytes(encoded[4:12], "little") & MASK
-    return scsi._explain(Finished(0, result, encoded), 4096, transfer)
+    return scsi_errors.explain(Finished(0, result, encoded), 4096, transfer)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def explain(response, transfer=True):
         (Response(response=3), errno.ENODEV, False, "response BAD_TARGET"),
         (Response(response=12), errno.ENODEV, False, "response INCORRECT_LUN"),
         (Response(response=5), errno.EBUSY, True, "response BUSY"),
-        (Response(response=4), errno.ECANCELED, False, "response RESET"),
+        (Response(response=4), errno.ECANCELED, True, "response RESET"),
         (Response(response=99), errno.EIO, False, "response 0x63"),
         (Response(residual=512), errno.EIO, False, "moved 512 bytes less"),
     ],
@@ -60,7 +60,7 @@ def test_a_residual_counts_for_transfers_alone():
 
 
 def test_a_response_that_was_not_written_is_an_error_of_its_own():
-    error = scsi._explain(Finished(0, MASK, b"\xff" * 108), 0, True)
+    error = scsi_errors.explain(Finished(0, MASK, b"\xff" * 108), 0, True)
     assert error.errno == errno.EIO and "without writing a response" in str(error)
 
 

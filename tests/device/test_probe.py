@@ -2,8 +2,10 @@
 
 import struct
 
-from virtio.device.probe import Command, Reply, probe_target, probe_unit
-from virtio.wire import scsi
+import pytest
+
+from virtio.device.probe import NO_ANSWER, Command, Pause, Reply, list_units, probe_unit
+from virtio.wire import scsi, virtio_scsi
 from virtio.wire.virtio_scsi import ResponseCode
 
 INQUIRY, TEST_UNIT_READY, REPORT_LUNS, MODE_SENSE_6 = 0x12, 0x00, 0xA0, 0x1A
@@ -30,6 +32,9 @@ def play(conversation, answers):
     try:
         command = next(conversation)
         while True:
+            while isinstance(command, Pause):
+                assert 0 < command.seconds <= 1
+                command = next(conversation)
             assert isinstance(command, Command)
             asked.append(command)
             assert len(asked) < 1000, "it never ends"
@@ -41,6 +46,7 @@ def play(conversation, answers):
 def disk(blocks=1000, block_size=512, **changed):
     """The answers of a disk, some of them changed by operation code."""
     replies = {
+        0x5A: lambda c: ILLEGAL,
         INQUIRY: lambda c: good(PAGES[c.cdb[2]] if c.cdb[1] & 1 else DISK),
         TEST_UNIT_READY: lambda c: good(),
         REPORT_LUNS: lambda c: good(scsi.encode_report_luns([scsi.encode_lun(0)])),
@@ -52,34 +58,141 @@ def disk(blocks=1000, block_size=512, **changed):
 
 
 def test_an_absent_target_costs_one_command():
-    units, asked = play(probe_target(16383), lambda command: ABSENT)
-    assert units == [] and len(asked) == 1
+    luns, asked = play(list_units(0, 16383), lambda command: ABSENT)
+    assert luns is None and len(asked) == 1
 
 
-def test_a_disk_is_found_with_capacity_and_serial():
-    units, asked = play(probe_target(16383), disk(2048, 4096))
-    (unit,) = units
+def test_a_target_whose_lun_0_is_dead_is_left_at_that():
+    luns, asked = play(list_units(0, 16383), lambda command: NO_ANSWER)
+    assert luns == [0] and len(asked) == 1
+
+
+def test_a_disk_is_found_with_capacity_serial_and_identity():
+    pages = dict(PAGES)
+    pages[0x83] = scsi.encode_designators(
+        [scsi.Designator(8, 1, 3, b"iqn.port"), scsi.Designator(3, 0, 1, bytes.fromhex("5000c500a1b2c3d4"))]
+    )
+    pages[0xB1] = scsi.encode_rotation(7200)
+    pages[0x00] = scsi.encode_supported_pages(pages)
+    answers = disk(2048, 4096, x12=lambda c: good(pages[c.cdb[2]] if c.cdb[1] & 1 else DISK))
+    unit, asked = play(probe_unit(0), answers)
     assert (unit.lun, unit.capacity.blocks, unit.capacity.block_size) == (0, 2048, 4096)
     assert unit.wide and unit.serial == "S1" and not unit.mode.write_protected and not unit.problem
+    assert unit.identity == "naa.5000c500a1b2c3d4" and unit.unique and unit.rotation == 7200
     assert all(len(command.cdb) in (6, 10, 12, 16) for command in asked)
 
 
-def test_every_listed_unit_is_asked_and_those_beyond_max_lun_are_not():
+def test_without_page_83_a_disk_is_known_by_its_serial_number():
+    unit, _ = play(probe_unit(0), disk())
+    assert unit.identity == "S1" and not unit.unique
+
+
+def test_every_listed_unit_is_told_and_those_beyond_max_lun_are_not():
     listed = [scsi.encode_lun(lun) for lun in (0, 3, 300, 16383)]
     answers = disk(xA0=lambda c: good(scsi.encode_report_luns(listed)))
-    units, asked = play(probe_target(300), answers)
-    assert [unit.lun for unit in units] == [0, 3, 300]
+    assert play(list_units(0, 300), answers)[0] == [0, 3, 300]
+
+
+def test_a_list_that_is_longer_than_expected_is_asked_for_again_in_full():
+    every = scsi.encode_report_luns(scsi.encode_lun(lun) for lun in range(2000))
+
+    def report(command):
+        return good(every[: int.from_bytes(command.cdb[6:10], "big")])
+
+    luns, asked = play(list_units(0, 16383), disk(xA0=report))
+    assert luns == list(range(2000)) and len(asked) == 3
+    assert asked[-1].nbytes == len(every)
+
+
+def test_a_list_that_claims_to_be_endless_is_asked_for_with_a_bound():
+    claim = b"\xff\xff\xff\xf8" + bytes(4) + scsi.encode_lun(0) * 100
+    luns, asked = play(list_units(0, 16383), disk(xA0=lambda c: good(claim)))
+    assert luns == [0] and max(command.nbytes for command in asked) == 8 + 8 * 16384
 
 
 def test_lun_addresses_that_virtio_has_no_place_for_are_passed_over():
     listed = [scsi.encode_lun(1), b"\xc1\x01\0\0\0\0\0\0", b"\x01\x02\0\0\0\0\0\0"]
-    units, _ = play(probe_target(16383), disk(xA0=lambda c: good(scsi.encode_report_luns(listed))))
-    assert [unit.lun for unit in units] == [1]
+    answers = disk(xA0=lambda c: good(scsi.encode_report_luns(listed)))
+    assert play(list_units(0, 16383), answers)[0] == [1]
 
 
-def test_a_target_without_report_luns_is_taken_to_have_lun_0():
-    units, _ = play(probe_target(16383), disk(xA0=lambda c: ILLEGAL))
-    assert [unit.lun for unit in units] == [0]
+def test_where_lun_0_has_no_list_the_well_known_unit_may():
+    """SCS-9: it is addressed as such, and lists units of every target."""
+    addresses = [virtio_scsi.encode_lun(3, 0), virtio_scsi.encode_lun(3, 7), virtio_scsi.encode_lun(4, 9)]
+
+    def answers(command):
+        if command.cdb[0] != REPORT_LUNS:
+            return disk()(command)
+        return ILLEGAL if command.lun == 0 else good(scsi.encode_report_luns(addresses))
+
+    assert play(list_units(3, 16383), answers)[0] == [0, 7]
+
+
+def test_without_any_list_the_numbers_are_tried_until_one_is_missing():
+    def answers(command):
+        if command.cdb[0] == REPORT_LUNS:
+            return ILLEGAL
+        return ABSENT if command.lun == 3 else disk()(command)
+
+    luns, asked = play(list_units(0, 16383), answers)
+    assert luns == [0, 1, 2]
+    assert [command.lun for command in asked if command.cdb[0] == INQUIRY] == [0, 1, 2, 3]
+
+
+def test_the_search_ends_at_max_lun():
+    luns, _ = play(list_units(0, 2), disk(xA0=lambda c: ILLEGAL))
+    assert luns == [0, 1, 2]
+
+
+BECOMING_READY = Reply(0, 2, b"\x70\0\x02\0\0\0\0\x0a\0\0\0\0\x04\x01\0\0\0\0", b"")
+TO_BE_STARTED = Reply(0, 2, b"\x70\0\x02\0\0\0\0\x0a\0\0\0\0\x04\x02\0\0\0\0", b"")
+BUSY = Reply(0, 8, b"", b"")
+
+
+def test_a_unit_that_becomes_ready_is_waited_for():
+    answers = iter([BECOMING_READY, BECOMING_READY, good()])
+    unit, _ = play(probe_unit(0), disk(x00=lambda c: next(answers)))
+    assert not unit.problem
+
+
+def test_a_unit_that_wants_to_be_started_is_started_once():
+    answers = iter([TO_BE_STARTED, good()])
+    unit, asked = play(probe_unit(0), disk(x00=lambda c: next(answers), x1B=lambda c: good()))
+    assert not unit.problem and sum(command.cdb[0] == 0x1B for command in asked) == 1
+    unit, asked = play(probe_unit(0), disk(x00=lambda c: TO_BE_STARTED, x1B=lambda c: good()))
+    assert "initializing command required" in unit.problem
+    assert sum(command.cdb[0] == 0x1B for command in asked) == 1
+
+
+def test_a_unit_that_is_never_ready_or_always_busy_is_given_up():
+    unit, asked = play(probe_unit(0), disk(x00=lambda c: BECOMING_READY))
+    assert "process of becoming ready" in unit.problem and len(asked) < 20
+    unit, asked = play(probe_unit(0), disk(x00=lambda c: BUSY))
+    assert "not ready" in unit.problem and len(asked) < 20
+
+
+def test_a_busy_unit_is_asked_again():
+    answers = iter([BUSY, Reply(5, 0, b"", b""), good()])
+    unit, _ = play(probe_unit(0), disk(x00=lambda c: next(answers)))
+    assert not unit.problem
+
+
+def test_a_unit_that_dies_during_its_probe_is_listed_as_dead():
+    unit, asked = play(probe_unit(4), lambda command: NO_ANSWER)
+    assert unit.lun == 4 and unit.problem == "no answer to INQUIRY" and len(asked) == 1
+    unit, _ = play(probe_unit(4), disk(x00=lambda c: NO_ANSWER))
+    assert unit.problem == "not ready: no answer"
+
+
+def test_mode_parameters_are_had_by_whichever_command_works():
+    caching = scsi.ModeParameters(True, True, {0x08: b"\x04" + bytes(17)})
+    unit, _ = play(
+        probe_unit(0),
+        disk(x1A=lambda c: good(caching.encode_6()) if c.cdb[2] == 0x08 else ILLEGAL),
+    )
+    assert unit.mode == caching
+    unit, _ = play(probe_unit(0), disk(x1A=lambda c: ILLEGAL, x5A=lambda c: good(caching.encode_10())))
+    assert unit.mode == caching
 
 
 def test_unit_attentions_are_asked_through():
@@ -90,8 +203,9 @@ def test_unit_attentions_are_asked_through():
         # every command fails once with what happened to the unit before
         return ATTENTION if seen.count(command) == 1 else disk()(command)
 
-    units, _ = play(probe_target(16383), answers)
-    assert [unit.problem for unit in units] == [""]
+    assert play(probe_unit(0), answers)[0].problem == ""
+    seen.clear()
+    assert play(list_units(0, 16383), answers)[0] == [0]
 
 
 def test_a_unit_that_only_ever_reports_attention_is_given_up():
@@ -104,10 +218,22 @@ def test_a_unit_without_a_medium_is_listed_with_the_reason():
     assert unit.capacity is None and "not ready: NOT READY: medium not present" in unit.problem
 
 
-def test_a_device_that_is_no_disk_is_listed_with_its_type():
+@pytest.mark.parametrize(
+    "kind, words", [(8, "a medium changer, not a disk"), (0x1B, "a device of type 0x1b, not a disk")]
+)
+def test_a_device_that_is_no_disk_is_listed_with_its_type(kind, words):
+    changer = scsi.Inquiry(peripheral_type=kind).encode()
+    unit, _ = play(probe_unit(2), disk(x12=lambda c: good(changer)))
+    assert unit.lun == 2 and unit.problem == words
+
+
+def test_a_cd_rom_is_a_read_only_disk():
     cdrom = scsi.Inquiry(peripheral_type=5).encode()
-    unit, _ = play(probe_unit(2), disk(x12=lambda c: good(cdrom)))
-    assert unit.lun == 2 and unit.problem == "device type 0x5, not a disk"
+    unit, _ = play(
+        probe_unit(0),
+        disk(100, 2048, x12=lambda c: ILLEGAL if c.cdb[1] & 1 else good(cdrom)),
+    )
+    assert not unit.problem and unit.read_only and unit.capacity.block_size == 2048
 
 
 def test_a_qualifier_means_that_nothing_is_there():

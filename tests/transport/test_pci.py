@@ -15,6 +15,7 @@ from virtio import control
 from virtio.device.blk import BlkDevice
 from virtio.device.scsi import ScsiDevice
 from virtio.errors import ProtocolError, RequestTimeout, TransportError
+from virtio.ring import split
 from virtio.ring.doorbell import Doorbell
 from virtio.ring.region import Mapping, Region
 from virtio.ring.requests import Template
@@ -125,7 +126,8 @@ def test_a_device_is_brought_up_and_taken_down_by_the_rules(make, queues):
             kick(lease)
         assert device.notified == [driver.FIXED_QUEUES + index for index in range(queues)]
         enabled = [queue.enabled for queue in device.queues]
-        assert enabled == [index < driver.FIXED_QUEUES + queues for index in range(device.num_queues)]
+        used = driver.FIXED_QUEUES + queues + (driver.spare is not None)
+        assert enabled == [index < used for index in range(device.num_queues)]
     assert device.violations == []
     assert device.written("device_status") == [0, 1, 3, 11, 15, 0], "INI-1"
 
@@ -547,7 +549,9 @@ def test_a_queue_reset_is_awaited_and_the_queue_set_up_as_at_first():
     device = PciDevice(queue_reset_reads=5)
     with bring_up(device) as driver:
         first = dict(device.queues[0].set_up)
-        areas = driver._areas(256, device.address(0, "desc") - IOVA)
+        at = device.address(0, "desc") - IOVA
+        available, used, _ = split.areas(256)
+        areas = RingAreas(driver._region, 256, at, at + available, at + used)
         driver.transport.reset_queue(0)
         assert not device.queues[0].enabled
         port = driver.transport.setup_queue(0, areas, 0)

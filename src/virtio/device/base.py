@@ -6,19 +6,21 @@ import contextlib
 import enum
 import errno
 import os
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 from virtio.errors import ClosedError, NoQueueError, ProtocolError, RequestTimeout, TransportError
 from virtio.ring import split
-from virtio.ring.buffer import address_of
+from virtio.ring.buffer import Buffer, address_of
 from virtio.ring.lease import Lease
 from virtio.ring.region import Pool, Region
 from virtio.ring.requests import Layout, RequestQueue, queue_bytes
-from virtio.transport.base import RingAreas, Transport, negotiate
+from virtio.transport.base import QueuePort, RingAreas, Transport, negotiate
 from virtio.wire.virtio import Feature
 
+from .chores import Chores
 from .disk import Disk
 
 DEVICE_BITS = 0xFFFFFF  # feature bits whose meaning the device type decides (6)
@@ -38,6 +40,9 @@ class Device(ABC):
     """Owns its transport, its memory and its queues; use as a context manager.
 
     A subclass reads its configuration in `_configure`, which sets the attributes declared here.
+    `report`, if set, is called with all disks that there are, in the thread of the chores, whenever
+    they have changed since `discover`. `leases` are the queues of callers; `spare` is one that only
+    the driver itself uses, where there is one more than was wanted.
     """
 
     FEATURES: type[enum.IntFlag]
@@ -67,18 +72,28 @@ class Device(ABC):
         self.life = transport.life
         self.queue_size = queue_size
         self.leases: list[Lease] = []
+        self.spare: Lease | None = None
+        self.report: Callable[[list[Disk]], None] = lambda disks: None
+        self.chores = Chores(transport.address)
+        self._leases: list[Lease] = []  # of all request queues, whoever has them
         self._region: Region | None = None
         self._queues: list[RequestQueue] = []
         try:
             self.features = negotiate(transport, self.FEATURES, self.WANTED, 0)
             self.queue_size = self._fitting(self.FIXED_QUEUES)
             self._configure()
-            count = self._count(queues, at_least)
+            available = self._available()
+            count = self._count(available, queues, at_least)
             self._region = transport.region(pool_bytes)
             self.pool = Pool(self._region)
             self._mapping = transport.map(self._region)
             try:
-                self._set_up_queues(count)
+                for index in range(self.FIXED_QUEUES):
+                    self._set_up_fixed(index)
+                for _ in range(count):
+                    self.leases.append(self._set_up_requests(self.FIXED_QUEUES + len(self.leases)))
+                if available > count and self._wants_spare(count):
+                    self.spare = self._set_up_requests(self.FIXED_QUEUES + count)
                 transport.start()
             except (TransportError, ProtocolError) as error:
                 code = getattr(error, "errno", None) or errno.EIO
@@ -94,18 +109,25 @@ class Device(ABC):
 
     @abstractmethod
     def discover(self, deadline: int | None) -> list[Disk]:
-        """The disks of this device, by requests on its first queue; blocks until `deadline`."""
+        """The disks of this device, by requests to it; blocks until `deadline`."""
+
+    def follow(self) -> None:
+        """After `discover`: from now on `report` tells of changes."""
+        self.chores.begin()
 
     @property
     def indirect(self) -> bool:
         """Whether requests use a table of descriptors, one head each."""
         return bool(self.features & Feature.INDIRECT_DESC)
 
-    def _count(self, queues: int | None, at_least: int | None) -> int:
+    def _available(self) -> int:
+        """How many request queues there are."""
         available = self.num_queues
         if self.transport.max_queues is not None:
             available = min(available, self.transport.max_queues - self.FIXED_QUEUES)
-        available = min(available, _MAX_RINGS - self.FIXED_QUEUES)
+        return min(available, _MAX_RINGS - self.FIXED_QUEUES)
+
+    def _count(self, available: int, queues: int | None, at_least: int | None) -> int:
         wanted = min(available, len(os.sched_getaffinity(0))) if queues is None else queues
         least = wanted if at_least is None else min(at_least, wanted)
         if available < max(1, least):
@@ -114,6 +136,10 @@ class Device(ABC):
             )
         return min(wanted, available)
 
+    def _wants_spare(self, count: int) -> bool:
+        """Whether a request queue of its own would serve the driver, beside the `count` of callers."""
+        return False
+
     def _limit_segments(self, segments: int, segment_bytes: int) -> None:
         """Set what one request may hold, within the device's limits and the queue's."""
         enough = MAX_TRANSFER if self.indirect else _DIRECT_TRANSFER
@@ -121,32 +147,48 @@ class Device(ABC):
         useful = -(-enough // self.segment_bytes)
         self.segments = max(1, min(segments, useful, self.queue_size - 2))
 
-    def _set_up_queues(self, count: int) -> None:
-        event_idx = bool(self.features & Feature.EVENT_IDX)
-        for index in range(self.FIXED_QUEUES):
-            size = self._fitting(index)
-            memory = self.pool.take(split.areas(size)[2])
-            split.SplitRing(memory.view(), size, event_idx=event_idx)
-            self.transport.setup_queue(index, self._areas(size, memory.offset), 0)
-        for index in range(self.FIXED_QUEUES, self.FIXED_QUEUES + count):
-            assert self._region is not None
-            size = self._fitting(index)
-            memory = self.pool.take(queue_bytes(size, self.LAYOUT, self.segments, self.indirect))
-            queue = RequestQueue(
-                memory,
-                self._region.view,
-                self._mapping,
-                size,
-                self.LAYOUT,
-                segments=self.segments,
-                segment_bytes=self.segment_bytes,
-                indirect=self.indirect,
-                event_idx=event_idx,
-            )
-            self._queues.append(queue)
-            port = self.transport.setup_queue(index, self._areas(size, memory.offset), 0)
-            queue.connect(port.doorbell)
-            self.leases.append(Lease(queue, self.life, port.completion_fd))
+    def _set_up_fixed(self, index: int) -> None:
+        """Set up one of the queues before the request queues."""
+        raise NotImplementedError
+
+    def _set_up_requests(self, index: int) -> Lease:
+        """Set up a request queue."""
+        return self._request_queue(index, self.LAYOUT, self.segments, self.segment_bytes)
+
+    def _request_queue(self, index: int, layout: Layout, segments: int, segment_bytes: int) -> Lease:
+        assert self._region is not None
+        size = self._fitting(index)
+        memory = self.pool.take(queue_bytes(size, layout, segments, self.indirect))
+        queue = RequestQueue(
+            memory,
+            self._region.view,
+            self._mapping,
+            size,
+            layout,
+            segments=segments,
+            segment_bytes=segment_bytes,
+            indirect=self.indirect,
+            event_idx=self._event_idx,
+        )
+        self._queues.append(queue)
+        port = self._connect(index, size, memory)
+        queue.connect(port.doorbell)
+        lease = Lease(queue, self.life, port.completion_fd)
+        self._leases.append(lease)
+        return lease
+
+    def _connect(self, index: int, size: int, memory: Buffer) -> QueuePort:
+        """Show the device a ring, which is at the beginning of `memory`."""
+        assert self._region is not None
+        available, used, _ = split.areas(size)
+        at = memory.offset
+        return self.transport.setup_queue(
+            index, RingAreas(self._region, size, at, at + available, at + used), 0
+        )
+
+    @property
+    def _event_idx(self) -> bool:
+        return bool(self.features & Feature.EVENT_IDX)
 
     def _fitting(self, index: int) -> int:
         """The size of a queue: what was asked for, unless the device takes less."""
@@ -154,11 +196,6 @@ class Device(ABC):
         if largest == 0:
             raise TransportError(errno.ENODEV, f"{self.transport.address} has no queue {index}")
         return self.queue_size if largest is None else min(self.queue_size, largest)
-
-    def _areas(self, size: int, offset: int) -> RingAreas:
-        assert self._region is not None
-        available, used, _ = split.areas(size)
-        return RingAreas(self._region, size, offset, offset + available, offset + used)
 
     def locate(self, view: memoryview) -> int:
         """Where in the region a view's bytes lie, or -1 if they lie elsewhere."""
@@ -171,15 +208,17 @@ class Device(ABC):
     def close(self) -> None:
         """Take the device down: callers are told, rings stopped, memory let go; idempotent."""
         self.life.end(ClosedError(f"the controller of {self.transport.address} was closed"))
+        self.transport.on_config_change = lambda: None
+        self.chores.close()
         with contextlib.ExitStack() as steps:  # whatever fails, the others are taken; the last one first
             if self._region is not None:
                 steps.callback(self._region.close)
-            for lease in self.leases:
+            for lease in self._leases:
                 steps.callback(lease.forget)
             for queue in self._queues:
                 steps.callback(queue.detach)
             steps.callback(self.transport.close)
-            for lease in self.leases:
+            for lease in self._leases:
                 steps.callback(lease.retire)
 
     def __enter__(self) -> Device:
@@ -189,7 +228,20 @@ class Device(ABC):
         self.close()
 
 
+P = ParamSpec("P")
 D = TypeVar("D", bound=Device)
+
+
+def weakly(method: Callable[P, object]) -> Callable[P, None]:
+    """A bound method for others to call, which does not keep its object alive, and then does nothing."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> None:
+        living = reference()
+        if living is not None:
+            living(*args, **kwargs)
+
+    return call
 
 
 def bring_up(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 
 from virtio.errors import DeviceError, ProtocolError, RequestTimeout, TransportError, VirtioError
@@ -33,7 +34,7 @@ from virtio.wire.blk import (
 from virtio.wire.virtio import feature_names
 from virtio.wire.virtio_scsi import ScsiFeature
 
-from .base import DEVICE_BITS, Device
+from .base import DEVICE_BITS, Device, weakly
 from .disk import Disk, Limits
 
 _HEADER = RequestHeader.FORMAT.size
@@ -109,9 +110,17 @@ class BlkDevice(Device):
     def discover(self, deadline: int | None) -> list[Disk]:
         """The one disk; its serial is read from it (GET_ID), or empty where there is none."""
         try:
-            return [self._disk(self._read_id(self.leases[0], deadline))]
+            self.serial = self._read_id(self.leases[0], deadline)
+            return [self._disk(self.serial)]
         except (TransportError, ProtocolError, RequestTimeout) as error:
             raise self._wondering(error) from error
+
+    def follow(self) -> None:
+        self.transport.on_config_change = weakly(self._config_changed)
+        super().follow()
+
+    def _config_changed(self) -> None:
+        self.chores.add("resize", self._resize)
 
     def _wondering(self, error: VirtioError) -> VirtioError:
         """The error, or a better one where no feature speaks for virtio-blk."""
@@ -157,6 +166,16 @@ class BlkDevice(Device):
             else None,
             explain=_explain,
         )
+
+    def _resize(self) -> None:
+        """The configuration has changed: of what may change in it, the capacity matters (5.2.5.1)."""
+        own = self.features & DEVICE_BITS
+        payload = self.transport.read_config(config_span(own), config_accesses(own))
+        capacity = BlkConfig.decode(payload, own).capacity
+        if capacity * SECTOR_SIZE > _MAX_BYTES:
+            raise ProtocolError(f"{self.transport.address} claims {capacity} sectors: too many")
+        self.config = dataclasses.replace(self.config, capacity=capacity)
+        self.report([self._disk(self.serial)])
 
     def _read_id(self, lease: Lease, deadline: int | None) -> str:
         template = Template(RequestHeader(RequestType.GET_ID, 0, 0).encode(), direction=FROM_DEVICE)

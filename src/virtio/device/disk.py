@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 class Limits(NamedTuple):
     """What one request to a disk may ask for; all in bytes, but `depth` in requests a queue.
 
-    0 says that the disk cannot do it at all. `unmap_alignment` is a hint for splitting.
+    0 says that the disk cannot do it at all. An unmap gives back whole granules of `unmap_alignment`
+    bytes, the first of which begins at `unmap_start`; 0 where that is not known.
     """
 
     max_transfer: int
     max_unmap: int = 0
     unmap_alignment: int = 0
+    unmap_start: int = 0
     max_write_zeroes: int = 0
     depth: int = 1 << 16
 
@@ -30,11 +32,13 @@ class Disk:
     """A virtio-blk device or a logical unit of a virtio-scsi one.
 
     `size` is in bytes, a multiple of `block_size`. `place` tells it from its controller's others:
-    "" for virtio-blk, "t0", "t0l3" for a unit. A template that is None is an operation it lacks;
-    `write_fua` is durable when it has completed, `write_zeroes` leaves blocks allocated,
-    `write_zeroes_unmap` need not; where these two have a `data_bytes`, they are given so many
-    zeros. `explain` turns the bad result of a request, its offset, and whether it was a transfer of
-    data, into an error, or None for a success after all.
+    "" for virtio-blk, "t0", "t0l3" for a unit. `identity` tells whether it is still the same disk
+    that is behind the place; `unique`: no other disk anywhere has it.
+
+    A template that is None is an operation it lacks; `write_fua` is durable when it has completed,
+    `write_zeroes` leaves blocks allocated, `write_zeroes_unmap` need not; where these two have a
+    `data_bytes`, they are given so many zeros. `explain` turns the bad result of a request, its
+    offset, and whether it was a transfer of data, into an error, or None for a success after all.
     """
 
     place: str
@@ -52,3 +56,5 @@ class Disk:
     write_zeroes: Template | None
     write_zeroes_unmap: Template | None
     explain: Callable[[Finished, int, bool], DeviceError | None] = field(repr=False)
+    identity: str = ""
+    unique: bool = False

@@ -47,6 +47,7 @@ Explain: TypeAlias = "Callable[[Finished, int, bool], DeviceError | None]"
 log = logging.getLogger("virtio.ring")
 
 _RETIRE_S = 5.0
+_TURN_S = 10.0  # how long a caller waits for one who has borrowed its lease
 _TRIES = 8  # of a request that a transient error hits
 _PAUSE_S = 0.001  # before the second try; longer before each further one
 _SLICE_NS = 20_000_000  # how long a compiled loop may keep a Ctrl-C waiting
@@ -87,6 +88,7 @@ class Life:
         self.name = name
         self.fd = make_eventfd()
         self.error: VirtioError | None = None
+        self.on_end: Callable[[VirtioError], None] = lambda error: None  # called once, in any thread
         self._queues: list[RequestQueue] = []
         self._lock = threading.Lock()
         _alive.add(self)
@@ -108,6 +110,7 @@ class Life:
                 queue.stop()
             if self.fd >= 0:
                 os.eventfd_write(self.fd, 1)
+        self.on_end(error)
 
     def check(self) -> None:
         """Raise what ended this life, each time as a new exception."""
@@ -144,14 +147,19 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class Lease:
-    """A request queue in the hands of one caller at a time. Closes `completion_fd`'s owner not."""
+    """A request queue in the hands of one caller at a time. Closes `completion_fd`'s owner not.
+
+    `late`, if set, is called when a call has timed out and left requests in flight.
+    """
 
     def __init__(self, queue: RequestQueue, life: Life, completion_fd: int) -> None:
         self.queue = queue
         self.life = life
         self.completion_fd = completion_fd
         self._told = log.isEnabledFor(logging.DEBUG)  # once: what is not asked for costs nothing
+        self.late: Callable[[Lease], None] | None = None
         self._lock = threading.Lock()
+        self._inside = False  # a caller, not somebody who has borrowed it
         self._quarantine: list[tuple[tuple[Buffer, ...], object]] = []
         self._poll = select.poll()
         self._poll.register(completion_fd, select.POLLIN)
@@ -160,17 +168,38 @@ class Lease:
 
     def __enter__(self) -> Lease:
         self.life.check()
-        if not self._lock.acquire(blocking=False):
+        if not self._lock.acquire(blocking=False) and (
+            self._inside or not self._lock.acquire(timeout=_TURN_S)
+        ):
             raise ChannelInUse("another thread is inside a call on this queue: open a channel in each thread")
         try:
             self.life.check()
         except BaseException:
             self._lock.release()
             raise
+        self._inside = True
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        late = kind is not None and issubclass(kind, RequestTimeout) and self.queue.orphans > 0
+        self._inside = False
         self._lock.release()
+        if late and self.late is not None:
+            self.late(self)
+
+    @contextlib.contextmanager
+    def borrow(self, deadline: int | None) -> Iterator[None]:
+        """Use the queue between two calls of its owner's, who waits meanwhile; RequestTimeout if there is
+        no such moment before the deadline."""
+        self.life.check()
+        left = -1 if deadline is None else max(0.0, (deadline - time.monotonic_ns()) / 1e9)
+        if not self._lock.acquire(timeout=left):
+            raise RequestTimeout(f"a queue of {self.life.name} was never idle")
+        try:
+            self.life.check()
+            yield
+        finally:
+            self._lock.release()
 
     def retire(self) -> None:
         """Wait until no call is inside, and let none in any more; the life must have ended."""
@@ -203,7 +232,7 @@ class Lease:
         self.queue.check(task)
         self._reclaim()
         if self.queue.orphans and task.template.direction != FROM_DEVICE:
-            self._settle(deadline)
+            self.settle(deadline)  # one of them may be a write that has yet to land
         for buffer in task.buffers:
             buffer.hold()
         try:
@@ -312,26 +341,24 @@ class Lease:
 
     def gather(self, least: int, deadline: int | None) -> list[Finished]:
         """At least so many of the requests submitted one by one; sleeps until they are back."""
-        finished: list[Finished] = []
-        while True:
-            finished += self.queue.poll(self.queue.slots)
-            if self._told:
-                log.debug("queue %d: %d of %d answers are here", self.completion_fd, len(finished), least)
-            if self.queue.broken:
-                self._raise_broken()
-            if len(finished) >= least:
-                return finished
+        finished = self.collect()
+        while len(finished) < least:
             self._check_deadline(deadline, self.queue.in_flight)
             self.sleep(deadline)
+            finished += self.collect()
+        return finished
 
-    def _drain(self) -> None:
-        try:
-            os.eventfd_read(self.completion_fd)
-        except BlockingIOError:
-            pass  # somebody else's wake-up, or a peer that plays with it
+    def collect(self) -> list[Finished]:
+        """Those of the requests submitted one by one that are back."""
+        finished = self.queue.poll(self.queue.slots)
+        if self._told:
+            log.debug("queue %d: %d answers are here", self.completion_fd, len(finished))
+        if self.queue.broken:
+            self._raise_broken()
+        return finished
 
-    def _settle(self, deadline: int | None) -> None:
-        """Wait for the orphans: one of them may be a write that has yet to land."""
+    def settle(self, deadline: int | None) -> None:
+        """Wait until no orphan is left; RequestTimeout at the deadline."""
         while self.queue.orphans:
             self.queue.poll(0)
             if self.queue.broken:
@@ -340,6 +367,12 @@ class Lease:
                 self._check_deadline(deadline, self.queue.orphans)
                 self.sleep(deadline)
         self._reclaim()
+
+    def _drain(self) -> None:
+        try:
+            os.eventfd_read(self.completion_fd)
+        except BlockingIOError:
+            pass  # somebody else's wake-up, or a peer that plays with it
 
     def _reclaim(self) -> None:
         if self._quarantine and not self.queue.orphans:

@@ -32,6 +32,10 @@ class Mapping(NamedTuple):
     def contiguous(cls, iova: int) -> Mapping:
         return cls(62, array("Q", [iova]))
 
+    def iova(self, offset: int) -> int:
+        """Where the device finds the byte at `offset` of the region."""
+        return self.table[offset >> self.shift] + (offset & (1 << self.shift) - 1)
+
 
 class Region:
     """A sealed memfd mapped into this process: huge pages if there are any, else ordinary ones.

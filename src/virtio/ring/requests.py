@@ -475,6 +475,20 @@ class RequestQueue:
                 self.orphans += 1
         self.faults()
 
+    def orphan_headers(self) -> list[bytes]:
+        """The request header of each orphan, which tells the device which one is meant.
+
+        As it is in shared memory: a device that has changed it means another request of its own.
+        """
+        return [
+            bytes(self._region_view[begin : begin + self._layout.request])
+            for begin in (
+                self._slots_at + self._stride * slot
+                for slot in range(self.slots)
+                if load_u32(self._records, _RECORD * slot + _STATE) == _ORPHAN
+            )
+        ]
+
     def arm(self) -> bool:
         """Ask for an interrupt; true when nothing is ready and it is safe to sleep."""
         return self.ring.arm()

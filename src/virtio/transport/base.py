@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from virtio.errors import TransportError
@@ -35,10 +35,14 @@ class RingAreas(NamedTuple):
 
 
 class QueuePort(NamedTuple):
-    """A queue that was set up: how to kick it, and the eventfd of its completions."""
+    """A queue that was set up: how to kick it, and the eventfd of its completions.
+
+    `polled`: there is no interrupt, and the eventfd is always readable.
+    """
 
     doorbell: Doorbell
     completion_fd: int
+    polled: bool = False
 
 
 class Transport(Protocol):
@@ -46,6 +50,8 @@ class Transport(Protocol):
 
     address: str  # as a user wrote it: "user:/run/disk.sock"
     life: Life
+    timeout: float  # seconds that bound each wait
+    on_config_change: Callable[[], None]  # called in the control thread; does nothing until it is set
     allowed: int  # feature bits of rings and transport that may be accepted here
     required: int  # and those without which this transport does not work
     max_queues: int | None  # None: the transport sets no limit

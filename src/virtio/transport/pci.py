@@ -127,6 +127,7 @@ class Pci:
         self.windows = windows
         self.timeout = timeout
         self.life = Life(self.address)
+        self.on_config_change: Callable[[], None] = lambda: None
         self.allowed = int(
             Feature.INDIRECT_DESC
             | Feature.EVENT_IDX
@@ -139,6 +140,7 @@ class Pci:
         self._pid = os.getpid()
         self._closed = False
         self._gone = False
+        self._generation = -1  # of the configuration that was read last
         self._features = 0
         self._status = Status(0)
         self._lock = threading.Lock()  # for what takes several accesses
@@ -250,6 +252,7 @@ class Pci:
                     part = min(4, offset + width - at)
                     space[at : at + part] = device.read(Register(at, part)).to_bytes(part, "little")
             if self._common.read(Common.CONFIG_GENERATION) == before:
+                self._generation = before
                 return bytes(space)
         raise ProtocolError(
             f"{self.address} changed its configuration {_GENERATIONS} times while it was read"
@@ -297,10 +300,10 @@ class Pci:
             address = _iova(self._mappings[areas.region.address], offset, nbytes)
             common.write(registers[0], address & 0xFFFFFFFF)
             common.write(registers[1], address >> 32)
-        completion_fd = self._interrupt(index)
+        completion_fd, polled = self._interrupt(index)
         doorbell = self._doorbell(index)
         common.write(Common.QUEUE_ENABLE, 1)  # after all the others (4.1.5.1.3)
-        return QueuePort(doorbell, completion_fd)
+        return QueuePort(doorbell, completion_fd, polled)
 
     def reset_queue(self, index: int) -> None:
         """Stop one queue and wait until it is (2.6.1); `setup_queue` starts it anew.
@@ -353,19 +356,20 @@ class Pci:
             value = self._common.read(Common.QUEUE_NOTIF_CONFIG_DATA)
         return self._notify.doorbell(offset, value)
 
-    def _interrupt(self, index: int) -> int:
-        """Choose a vector for the queue that is selected; the descriptor of its completions."""
+    def _interrupt(self, index: int) -> tuple[int, bool]:
+        """Choose a vector for the queue that is selected: the descriptor of its completions, and
+        whether it says nothing."""
         vectors = self._open_vectors()
         own = 1 + index
         if own < len(vectors) and self._name_vector(Common.QUEUE_MSIX_VECTOR, own):
-            return vectors[own]
+            return vectors[own], False
         shared = bool(vectors) and self._name_vector(Common.QUEUE_MSIX_VECTOR, 0)
         if index not in self._completions:
             self._completions[index] = _eventfd() if shared else _always_readable()
             log.debug("%s: queue %d %s", self.address, index, "shares vector 0" if shared else "is polled")
         if shared and self._completions[index] not in self._sharers:
             self._sharers.append(self._completions[index])
-        return self._completions[index]
+        return self._completions[index], not shared
 
     def _open_vectors(self) -> Sequence[int]:
         if self._vectors is None:
@@ -392,6 +396,8 @@ class Pci:
         try:
             if self.status() & Status.DEVICE_NEEDS_RESET:
                 self.life.end(TransportError(errno.EIO, f"{self.address} has failed, and needs a reset"))
+            elif self._common.read(Common.CONFIG_GENERATION) != self._generation:
+                self.on_config_change()
         except VirtioError as error:
             log.warning("%s", error)
 

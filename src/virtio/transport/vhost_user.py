@@ -13,7 +13,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from virtio import control
 from virtio.errors import ProtocolError, RequestTimeout, TransportError, VirtioError
@@ -72,6 +72,8 @@ class VhostUser:
         """
         self.address = f"user:{path}"
         self.path = path
+        self.timeout = timeout
+        self.on_config_change: Callable[[], None] = lambda: None
         self._pid = os.getpid()
         self._status = Status(0)
         self._features = 0
@@ -298,3 +300,5 @@ class VhostUser:
         refused = message.request != BackendRequest.CONFIG_CHANGE_MSG
         if expected_ack(message, self._session.features, BackendRequest):
             send_reply(self._back, message.reply(encode_u64(refused)))
+        if not refused:
+            self.on_config_change()

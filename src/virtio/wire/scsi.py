@@ -75,6 +75,7 @@ class Page(enum.IntEnum):
     SERIAL_NUMBER = 0x80
     DEVICE_IDENTIFICATION = 0x83
     BLOCK_LIMITS = 0xB0
+    CHARACTERISTICS = 0xB1
     LOGICAL_BLOCK_PROVISIONING = 0xB2
 
 
@@ -165,6 +166,16 @@ def unmap(parameter_length: int) -> bytes:
 def write_same_16(lba: int, blocks: int, *, unmap: bool = False) -> bytes:
     """WRITE SAME(16), with one block as its data; `unmap` allows deallocation."""
     return _cdb(_CDB_16, OpCode.WRITE_SAME_16, _UNMAP * unmap, lba, blocks, 0, 0)
+
+
+def write_same_10(lba: int, blocks: int, *, unmap: bool = False) -> bytes:
+    """WRITE SAME(10): below block 2**32, at most 65535 blocks."""
+    return _cdb(_CDB_10, OpCode.WRITE_SAME_10, _UNMAP * unmap, lba, 0, blocks, 0)
+
+
+def compare_and_write(lba: int, blocks: int) -> bytes:
+    """COMPARE AND WRITE of at most 255 blocks; its data: what to expect there, then what to write."""
+    return _cdb(">BBQ3xBBB", OpCode.COMPARE_AND_WRITE, 0, lba, blocks, 0, 0)
 
 
 def unmap_parameters(ranges: Iterable[tuple[int, int]]) -> bytes:
@@ -441,6 +452,37 @@ class Designator:
             return "uuid." + "-".join(digits[start:end] for start, end in ends)
         prefixes: dict[int, str] = {DesignatorType.NAA: "naa.", DesignatorType.EUI_64: "eui."}
         return prefixes.get(self.type, "") + digits
+
+    @property
+    def unique(self) -> bool:
+        """Whether no other unit in the world has this name, if the device keeps to the standard."""
+        return self.type in (DesignatorType.NAA, DesignatorType.EUI_64, DesignatorType.UUID)
+
+
+def best_designator(designators: Iterable[Designator]) -> Designator | None:
+    """The name of the logical unit itself that tells it best from others."""
+    own = [designator for designator in designators if designator.association == 0]
+    order: list[int] = [
+        DesignatorType.UUID,
+        DesignatorType.NAA,
+        DesignatorType.EUI_64,
+        DesignatorType.SCSI_NAME,
+        DesignatorType.T10_VENDOR_ID,
+        DesignatorType.VENDOR_SPECIFIC,
+    ]
+    known = [designator for designator in own if designator.type in order and designator.value]
+    return min(known, key=lambda designator: order.index(designator.type), default=None)
+
+
+def decode_rotation(data: bytes) -> int:
+    """Page B1: revolutions a minute, 1 for a medium that does not rotate, 0 when it is not said."""
+    rate = int.from_bytes(_body(data, Page.CHARACTERISTICS)[:2], "big")
+    return rate if rate == 1 or 0x401 <= rate < 0xFFFF else 0
+
+
+def encode_rotation(rate: int) -> bytes:
+    """Page B1."""
+    return encode_page(Page.CHARACTERISTICS, struct.pack(">H58x", rate))
 
 
 def encode_designators(designators: Iterable[Designator]) -> bytes:

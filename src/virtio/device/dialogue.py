@@ -1,0 +1,200 @@
+"""Commands to logical units one by one: probes, many of them under way at once, and anybody's own."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+
+from virtio.errors import RequestTimeout
+from virtio.ring.buffer import Buffer
+from virtio.ring.requests import (
+    FROM_DEVICE,
+    NO_DATA,
+    TAG,
+    TO_DEVICE,
+    Finished,
+    Layout,
+    Patch,
+    Template,
+)
+from virtio.wire.virtio_scsi import (
+    CDB_SIZE,
+    REPORT_LUNS_WLUN,
+    SENSE_SIZE,
+    RequestHeader,
+    Response,
+    ResponseCode,
+    encode_lun,
+)
+
+from .probe import NO_ANSWER, REPLY_BYTES, Command, Conversation, Pause, Reply
+
+if TYPE_CHECKING:
+    from virtio.ring.lease import Lease
+    from virtio.ring.region import Pool
+
+T = TypeVar("T")
+
+CDB_AT = 19  # where the command begins in a request (5.6.6.1)
+TAG_PATCH = Patch(TAG, 8, 8)
+LAYOUT = Layout(
+    request=CDB_AT + CDB_SIZE,
+    payload=24,  # the parameters of an UNMAP of one range (SBC-3, 5.28)
+    response=12 + SENSE_SIZE,
+    result_offset=4,  # residual, status qualifier, status and response: 0 when all is well
+    result_mask=0xFFFF_0000_FFFF_FFFF,  # but for the qualifier, which SPDK's target leaves unwritten
+    response_first=True,
+)
+UNWRITTEN = LAYOUT.result_mask
+
+_AT_ONCE = 32  # conversations under way
+
+
+class _Turn(NamedTuple):
+    """A command that the device has; the conversation is None where nobody waits any more."""
+
+    conversation: int | None
+    command: Command
+    room: Buffer  # that the conversation took, of those for all
+    data: Buffer  # where its data goes
+    give_up: int  # when it counts as never answered
+
+
+class Dialogue(Generic[T]):
+    """Conversations with targets, over a queue that is the caller's; all of them end by a deadline.
+
+    A command that is not answered in half of the time there is counts as one that never is, so that
+    a dead unit does not stop the others: `dead` counts those.
+    """
+
+    def __init__(self, lease: Lease, pool: Pool, deadline: int | None) -> None:
+        self.dead = 0
+        self._lease, self._pool, self._deadline = lease, pool, deadline
+        self._patience = 1 << 62 if deadline is None else max(0, deadline - time.monotonic_ns()) // 2
+        self._turns: dict[int, _Turn] = {}  # by token
+        self._rooms: list[Buffer] = []  # for data from the device, not in use
+        self._ready: deque[tuple[int, Reply | None]] = deque()  # who can go on, and with what
+        self._paused: list[tuple[int, int]] = []  # until when, and who
+        self._next_token = 0
+
+    def run(self, conversations: Sequence[tuple[int, Conversation[T]]]) -> list[T]:
+        """What each came to, in order; the first of each pair is the target that it is with.
+
+        RequestTimeout when they are not through at the deadline.
+        """
+        self._conversations = conversations
+        self._results: dict[int, T] = {}
+        self._ready.extend((number, None) for number in range(len(conversations)))
+        with contextlib.ExitStack() as self._held:
+            for _ in range(min(_AT_ONCE, self._lease.queue.slots, len(conversations))):
+                self._rooms.append(self._hold(REPLY_BYTES))
+            while True:
+                self._wake_up()
+                while self._ready and self._rooms:
+                    self._go_on(*self._ready.popleft())
+                if len(self._results) == len(conversations):
+                    break
+                self._lease.queue.kick()
+                if not self._listen() and not (self._ready and self._rooms):
+                    self._lease.sleep(self._until())
+        return [self._results[number] for number in range(len(conversations))]
+
+    def _hold(self, nbytes: int) -> Buffer:
+        room = self._held.enter_context(self._pool.take(nbytes))
+        self._held.enter_context(self._lease.holding(room))
+        return room
+
+    def _wake_up(self) -> None:
+        """Let those go on whose pause is over, or who have waited too long for an answer."""
+        now = time.monotonic_ns()
+        for pause in [pause for pause in self._paused if pause[0] <= now]:
+            self._paused.remove(pause)
+            self._ready.append((pause[1], None))
+        for token, turn in self._turns.items():
+            if turn.conversation is not None and turn.give_up <= now:
+                self.dead += 1
+                self._ready.append((turn.conversation, NO_ANSWER))
+                self._turns[token] = turn._replace(conversation=None)
+
+    def _go_on(self, number: int, reply: Reply | None) -> None:
+        """Let a conversation hear a reply, or a pause end, and do what it wants next."""
+        target, conversation = self._conversations[number]
+        try:
+            wish = next(conversation) if reply is None else conversation.send(reply)
+        except StopIteration as end:
+            self._results[number] = end.value
+            return
+        if isinstance(wish, Pause):
+            self._paused.append((time.monotonic_ns() + int(wish.seconds * 1e9), number))
+            return
+        room = self._rooms.pop()
+        data = room if wish.nbytes <= room.nbytes else self._hold(wish.nbytes)
+        data.view()[: wish.nbytes] = bytes(wish.nbytes)
+        address = REPORT_LUNS_WLUN if wish.lun is None else encode_lun(target, wish.lun)
+        sent = self._lease.queue.submit(
+            command(address, wish.cdb, FROM_DEVICE if wish.nbytes else NO_DATA),
+            0,
+            wish.nbytes,
+            data.offset,
+            self._next_token,
+        )
+        assert sent, "no more rooms than slots"
+        give_up = time.monotonic_ns() + self._patience
+        self._turns[self._next_token] = _Turn(number, wish, room, data, give_up)
+        self._next_token += 1
+
+    def _listen(self) -> bool:
+        """Hear the replies that came; whether there were any."""
+        heard = self._lease.collect()
+        for finished in heard:
+            turn = self._turns.pop(finished.token)
+            self._rooms.append(turn.room)
+            if turn.conversation is not None:
+                self._ready.append((turn.conversation, reply_of(finished, turn.data, turn.command.nbytes)))
+        return bool(heard)
+
+    def _until(self) -> int | None:
+        """When there is something to do without a reply; RequestTimeout at the deadline."""
+        if self._deadline is not None and time.monotonic_ns() >= self._deadline:
+            left = len(self._conversations) - len(self._results)
+            raise RequestTimeout(f"{self._lease.life.name}: {left} targets or units were not heard in time")
+        moments = [until for until, _ in self._paused]
+        moments += [turn.give_up for turn in self._turns.values() if turn.conversation is not None]
+        if self._deadline is not None:
+            moments.append(self._deadline)
+        return min(moments, default=None)
+
+
+def command(address: bytes, cdb: bytes, direction: int, patches: Sequence[Patch] = ()) -> Template:
+    """A command to the unit whose address, of eight bytes, this is."""
+    request = RequestHeader(address, 0, cdb=cdb).encode()
+    return Template(request, direction=direction, patches=[TAG_PATCH, *patches])
+
+
+def reply_of(finished: Finished, room: Buffer, nbytes: int) -> Reply:
+    """What came back for a command that had `nbytes` at the beginning of `room` for its data."""
+    if finished.result == UNWRITTEN:
+        return Reply(ResponseCode.FAILURE, 0, b"", b"")
+    response = Response.decode(finished.response)
+    came = max(0, nbytes - response.residual)
+    return Reply(response.response, response.status, response.sense, bytes(room.view()[:came]))
+
+
+def execute(
+    lease: Lease, pool: Pool, address: bytes, cdb: bytes, data: bytes, nbytes: int, deadline: int | None
+) -> Reply:
+    """One command, with `data` to the device or room for `nbytes` from it; the queue is the caller's."""
+    direction = TO_DEVICE if data else FROM_DEVICE if nbytes else NO_DATA
+    size = len(data) or nbytes
+    with contextlib.ExitStack() as held:
+        room = held.enter_context(pool.take(max(1, size)))
+        held.enter_context(lease.holding(room))
+        room.view()[:size] = data or bytes(size)
+        while not lease.queue.submit(command(address, cdb, direction), 0, size, room.offset, 0):
+            lease.settle(deadline)  # only orphans can have all slots
+        lease.queue.kick()
+        (finished,) = lease.gather(1, deadline)
+        return reply_of(finished, room, nbytes)
