@@ -13,12 +13,14 @@ from tests.leaks import open_fds
 from tests.peers.qtest import Machine, QtestWindows
 from virtio.device.blk import BlkDevice
 from virtio.device.scsi import ScsiDevice
-from virtio.errors import NoQueueError, ReadOnlyError, RequestTimeout, TransportError
+from virtio.errors import NoQueueError, ReadOnlyError, RequestError, RequestTimeout, TransportError
 from virtio.ring.lease import deadline_in
 from virtio.transport.pci import Pci
 from virtio.wire.pci import Common
+from virtio.wire.sense import Sense
 from virtio.wire.virtio import Feature
-from virtio_bdev import Controller
+from virtio.wire.virtio_scsi import ResponseCode, TaskFunction
+from virtio_bdev import Added, Controller, Removed, Resized
 
 QEMU = needs.program("qemu-system-x86_64")
 
@@ -180,7 +182,7 @@ def test_each_queue_interrupts_by_its_own_vector(tmp_path, kind):
                 for at in range(50):
                     channel.read(at * 512, 512)
                 gained = [after - old for after, old in zip(windows.counts, before, strict=True)]
-        assert gained.pop(first + number) >= 40
+        assert gained.pop(first + number) > 0  # how many depends on who was faster
         assert not any(gained)
 
 
@@ -273,47 +275,138 @@ def test_unmapped_blocks_are_holes_in_the_file(tmp_path, kind):
     assert path.stat().st_blocks <= blocks - MIB // 512
 
 
-def test_units_of_several_targets_are_found_and_a_cd_rom_is_listed_but_not_attached(tmp_path):
-    units = {  # target, LUN: blocks of
-        (0, 0): 512,
-        (0, 1): 512,
-        (0, 7): 4096,
-        (3, 0): 512,
-        (3, 300): 512,
-        (9, 2): 512,
-        (255, 0): 512,
-    }
-    arguments = ["-device", f"virtio-scsi-pci,addr={SLOT},id=s0,num_queues=2,disable-legacy=on"]
+UNITS = {  # target, LUN: block size
+    (0, 0): 512,
+    (0, 1): 512,
+    (0, 7): 4096,
+    (3, 0): 512,
+    (3, 300): 512,
+    (4, 0): 4096,
+    (9, 2): 512,
+    (9, 255): 512,
+    (255, 0): 512,
+}
+
+
+def scsi_units(tmp_path):
+    """Arguments for twelve units on eight targets: those of UNITS, t2 read-only, t5 a cd-rom, t6 of 3 TiB;
+    and their files by target and LUN."""
+    arguments = ["-device", f"virtio-scsi-pci,addr={SLOT},id=s0,num_queues=4,disable-legacy=on"]
     paths = {}
-    for number, ((target, lun), block) in enumerate(units.items()):
+    for number, ((target, lun), block) in enumerate(UNITS.items()):
         paths[target, lun] = image(tmp_path / f"disk{number}", (1 + number) * MIB, seed=number)
         arguments += drive(paths[target, lun], f"d{number}")
         where = f"bus=s0.0,drive=d{number},scsi-id={target},lun={lun},serial=S{number}"
         sizes = f"logical_block_size={block},physical_block_size={block}"
         arguments += ["-device", f"scsi-hd,{where},{sizes}"]
-    arguments += drive(image(tmp_path / "cd"), "cd", ",media=cdrom,readonly=on")
+    paths[2, 0] = image(tmp_path / "fixed", seed=20)
+    arguments += drive(paths[2, 0], "fixed", ",readonly=on")
+    arguments += ["-device", "scsi-hd,bus=s0.0,drive=fixed,scsi-id=2,lun=0"]
+    paths[5, 0] = image(tmp_path / "cd", seed=21)
+    arguments += drive(paths[5, 0], "cd", ",media=cdrom,readonly=on")
     arguments += ["-device", "scsi-cd,bus=s0.0,drive=cd,scsi-id=5,lun=0"]
-    huge = tmp_path / "huge"
-    huge.touch()
-    os.truncate(huge, 3 << 40)
-    arguments += drive(huge, "huge")
+    paths[6, 0] = tmp_path / "huge"
+    paths[6, 0].touch()
+    os.truncate(paths[6, 0], 3 << 40)
+    arguments += drive(paths[6, 0], "huge")
     arguments += ["-device", "scsi-hd,bus=s0.0,drive=huge,scsi-id=6,lun=0"]
+    return arguments, paths
+
+
+def place(target, lun):
+    return f"t{target}" + (f"l{lun}" if lun else "")
+
+
+def test_twelve_units_of_several_targets_are_found_and_what_is_written_is_in_their_files(tmp_path):
+    """SCS-9."""
+    arguments, paths = scsi_units(tmp_path)
     with Machine(QEMU, *arguments) as machine, attached(machine, "scsi", queues=2) as controller:
-        assert controller.device.units[5, 0].problem
         found = {bdev.disk.place: bdev for bdev in controller.values()}
-        want = {f"t{target}" + (f"l{lun}" if lun else "") for target, lun in units} | {"t6"}
-        assert set(found) == want
-        for number, ((target, lun), path) in enumerate(paths.items()):
-            bdev = found[f"t{target}" + (f"l{lun}" if lun else "")]
-            assert (bdev.block_size, bdev.size) == (units[target, lun], (1 + number) * MIB)
-            assert bdev.disk.serial == f"S{number}"
-            exercise(bdev, path, seed=number)
+        assert set(found) == {place(*at) for at in paths} and len(found) == 12
+        for number, (at, block) in enumerate(UNITS.items()):
+            bdev = found[place(*at)]
+            assert (bdev.block_size, bdev.size) == (block, (1 + number) * MIB)
+            assert bdev.disk.serial == f"S{number}" and not bdev.read_only
+            exercise(bdev, paths[at], seed=number)
+        for fixed, block in (("t2", 512), ("t5", 2048)):
+            bdev = found[fixed]
+            assert (bdev.block_size, bdev.size, bdev.read_only) == (block, 4 * MIB, True)
+            with bdev.open() as channel:
+                assert channel.read(0, MIB) == paths[int(fixed[1:]), 0].read_bytes()[:MIB]
+                with pytest.raises(ReadOnlyError):
+                    channel.write(0, bytes(block))
         with found["t6"].open() as channel:
             assert found["t6"].size == 3 << 40
             channel.write((2 << 40) + 4096, b"beyond!!" * 64)  # past 2^32 blocks of 512
-    with open(huge, "rb") as file:
+    with open(paths[6, 0], "rb") as file:
         file.seek((2 << 40) + 4096)
         assert file.read(512) == b"beyond!!" * 64
+
+
+@pytest.mark.parametrize("vectors", [None, 0])
+def test_hot_plug_resize_and_unplug_are_told_as_events(tmp_path, vectors):
+    """SCS-5, SCS-8: and a removed disk fails its I/O, while the others go on."""
+    path, other = image(tmp_path / "disk"), image(tmp_path / "other", 2 * MIB, seed=5)
+    arguments = device("scsi", path, queues=2)
+    with Machine(QEMU, *arguments) as machine:
+        windows = machine.windows(SLOT)
+        windows.vectors = vectors
+        with attached(machine, "scsi", windows=windows, queues=1) as controller:
+            (first,) = controller.values()
+            events = controller.events()
+            machine.qmp(
+                "blockdev-add",
+                {"driver": "file", "filename": str(other), "node-name": "f1", "discard": "unmap"},
+            )
+            machine.qmp("blockdev-add", {"driver": "raw", "file": "f1", "node-name": "n1"})
+            plugged = {"driver": "scsi-hd", "bus": "s0.0", "drive": "n1", "id": "p1", "scsi-id": 7, "lun": 5}
+            machine.qmp("device_add", plugged)
+            added = events.wait(10)
+            assert isinstance(added, Added) and added.bdev is controller["scsit7l5"]
+            assert added.bdev.size == 2 * MIB
+            exercise(added.bdev, other)
+            with added.bdev.open(timeout=10) as channel, first.open(timeout=10) as neighbour:
+                machine.qmp("block_resize", {"node-name": "n1", "size": 5 * MIB})
+                assert events.wait(10) == Resized(added.bdev, 2 * MIB)
+                assert added.bdev.size == 5 * MIB
+                channel.write(4 * MIB, b"new land" * 64)
+                assert other.read_bytes()[4 * MIB : 4 * MIB + 512] == b"new land" * 64
+                machine.qmp("device_del", {"id": "p1"})
+                assert events.wait(10) == Removed(added.bdev)
+                with pytest.raises(TransportError, match="scsit7l5 was removed from pci"):
+                    channel.read(0, 512)
+                assert neighbour.read(0, 512) == path.read_bytes()[:512]
+            assert list(controller) == ["scsit0"] and added.bdev.state == "lost"
+
+
+def test_a_resized_disk_is_found_out_by_a_command_where_there_are_no_events(tmp_path):
+    path = image(tmp_path / "disk")
+    with Machine(QEMU, *device("scsi", path, queues=2)) as machine:
+        transport = Pci(machine.windows(SLOT))
+        transport.offered = lambda real=transport.offered: real() & ~0xF
+        with Controller(ScsiDevice(transport, queues=1), "scsi", deadline_in(5)) as controller:
+            (bdev,) = controller.values()
+            events = controller.events()
+            machine.qmp("block_resize", {"device": "d0", "size": 8 * MIB})
+            with bdev.open(timeout=10) as channel:
+                channel.read(0, 512)  # CAPACITY DATA HAS CHANGED, and then the data
+            assert events.wait(10) == Resized(bdev, 4 * MIB)
+
+
+def test_commands_pass_through_to_any_unit(tmp_path):
+    arguments, paths = scsi_units(tmp_path)
+    with Machine(QEMU, *arguments) as machine, attached(machine, "scsi", queues=1) as controller:
+        inquiry = controller.scsi(5, 0, bytes([0x12, 0, 0, 0, 36, 0]), nbytes=36)
+        assert inquiry.good and inquiry.data[0] & 0x1F == 5 and b"CD-ROM" in inquiry.data
+        read = controller.scsi(3, 300, bytes([0x28, 0, 0, 0, 0, 9, 0, 0, 2, 0]), nbytes=1024)
+        assert read.data == paths[3, 300].read_bytes()[9 * 512 : 11 * 512]
+        data = random.Random(9).randbytes(4096)
+        assert controller.scsi(0, 7, bytes([0x2A, 0, 0, 0, 0, 1, 0, 0, 1, 0]), data).good
+        assert paths[0, 7].read_bytes()[4096:8192] == data
+        bad = controller.scsi(0, 0, bytes([0xFF] * 6))
+        assert bad.status == 2 and Sense.decode(bad.sense).asc == 0x20
+        assert controller.scsi(77, 0, bytes(6)).response == ResponseCode.BAD_TARGET
+        assert controller.device.manage(TaskFunction.LOGICAL_UNIT_RESET, 0, 7) == 0
 
 
 def test_two_devices_of_one_machine_keep_apart(tmp_path):
@@ -373,18 +466,27 @@ def test_a_queue_is_reset_and_set_up_again(tmp_path, kind):
         assert len(driver.discover(deadline_in(5))) == 1
 
 
-def test_a_resized_disk_interrupts_for_its_configuration(tmp_path):
+@pytest.mark.parametrize("vectors", [None, 1])
+def test_a_resized_blk_disk_changes_its_size_under_io(tmp_path, vectors):
+    """BLK-5: the interrupt of the configuration, with a vector to itself and shared with the queues."""
     path = image(tmp_path / "disk")
     with Machine(QEMU, *device("blk", path)) as machine:
         windows = machine.windows(SLOT)
+        windows.vectors = vectors
         with attached(machine, "blk", windows=windows) as controller:
-            machine.qmp("block_resize", {"device": "d0", "size": 8 * MIB})
-            deadline = time.monotonic() + 5
-            while not windows.counts[0]:
-                assert time.monotonic() < deadline
-                time.sleep(0.001)
-            controller.device._configure()  # the register's new generation does no harm
-            assert controller.device.config.capacity == 8 * MIB // 512
+            (bdev,) = controller.values()
+            events = controller.events()
+            with bdev.open(timeout=10) as channel:
+                for size in (8 * MIB, 2 * MIB):
+                    before = bdev.size
+                    machine.qmp("block_resize", {"device": "d0", "size": size})
+                    for at in range(20):
+                        channel.read(at * 512, 512)
+                    assert events.wait(10) == Resized(bdev, before) and bdev.size == size
+                with pytest.raises(RequestError, match="do not lie within"):
+                    channel.read(4 * MIB, 512)
+                channel.write(2 * MIB - 512, b"last one" * 64)
+            assert path.read_bytes()[-512:] == b"last one" * 64
 
 
 @kinds
