@@ -176,15 +176,17 @@ class Channel:
     def flush(self) -> None:
         """Make durable what was written and has completed, by whichever channel.
 
-        A disk that offers no flush is taken to write through (5.2.5.2).
+        A disk that offers no flush is taken to write through (5.2.5.2), and so is one that says nothing
+        of a cache and does not know the command.
         """
         self._check_open()
         if self._disk.flush is not None and not self._disk.read_only:
             try:
                 self._command(self._disk.flush, 0, 1, 1)
             except DeviceError as error:
-                error.offset = None
-                raise
+                if error.errno != errno.EOPNOTSUPP or self._disk.flush_known:
+                    error.offset = None
+                    raise
 
     def read_batch(self, offsets: BufferProtocol, nbytes: int, into: BufferProtocol) -> Batch:
         """Read `nbytes` at each of many offsets; item `i` goes to `into[i * nbytes:]`.

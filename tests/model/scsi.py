@@ -47,6 +47,14 @@ class ScsiRequest(NamedTuple):
     status: int
 
 
+class Tmf(NamedTuple):
+    """A task management function as it arrived (5.6.6.2)."""
+
+    subtype: int
+    lun: bytes
+    tag: int
+
+
 @dataclass
 class Lun:
     """A direct-access disk."""
@@ -56,6 +64,8 @@ class Lun:
     read_only: bool = False
     attention: tuple[int, int, int] | None = UNIT_ATTENTION
     """What the first command that may be refused is refused with."""
+    name: int = 1
+    """By which it can be told from others (page 83)."""
 
     def __post_init__(self) -> None:
         self.disk = bytearray(self.blocks * self.block_size)
@@ -79,8 +89,13 @@ class Scsi:
     max_target: int = 7
     max_lun: int = 255
     tail: bytes = b""
+    event_info_size: int = EVENT_SIZE
     status: Callable[[ScsiRequest], int | None] | None = None
     """Overrides the response byte; None leaves the whole response unwritten."""
+    known: frozenset[int] | None = None
+    """The operation codes that it knows, if not all of them."""
+    manage: Callable[[Tmf], int | None] = field(default=lambda tmf: 0, repr=False)
+    """The response to a task management function; None never gives one."""
 
     type_name: Final = "scsi"
     first_queue: Final = 2
@@ -93,11 +108,29 @@ class Scsi:
     def __post_init__(self) -> None:
         self.requests: deque[ScsiRequest] = deque(maxlen=8192)
         self.events: deque[Chain] = deque(maxlen=256)
+        self.tmfs: deque[Tmf] = deque(maxlen=1024)
 
     @property
     def disk(self) -> bytearray:
         """The first disk's bytes."""
         return next(iter(self.luns.values())).disk
+
+    def post(self, event: int, lun: bytes, reason: int = 0) -> None:
+        """Put an event into a buffer of the event queue; in the back end's thread."""
+        chain = self.events.popleft()
+        chain.write(struct.pack("<I8sI", event, lun, reason))
+        chain.ring.finish([(chain, EVENT_SIZE)])
+
+    def abort(self, chain: Chain, response: int = 2) -> None:
+        """Give back a request that was held, as aborted (2) or reset (4); in the back end's thread."""
+        chain.ring.held.remove(chain)
+        chain.write(_RESPONSE.pack(0, 0, 0, 0, response, b""))
+        chain.ring.finish([(chain, _RESPONSE.size)])
+
+    @staticmethod
+    def tag(chain: Chain) -> int:
+        """The tag of a request."""
+        return int(_COMMAND.unpack_from(chain.read())[1])
 
     @property
     def config(self) -> bytes:
@@ -108,7 +141,7 @@ class Scsi:
             self.seg_max,
             self.max_sectors,
             self.cmd_per_lun,
-            EVENT_SIZE,
+            self.event_info_size,
             96,  # sense_size
             32,  # cdb_size
             0,  # max_channel
@@ -122,7 +155,7 @@ class Scsi:
         if chain.ring.index == 0:
             return self._control(chain)
         if chain.ring.index == 1:
-            if chain.readable or chain.writable_size < EVENT_SIZE:
+            if chain.readable or chain.writable_size < max(EVENT_SIZE, self.event_info_size):
                 self.violate("SCS-6", f"an event buffer of {chain.writable_size} writable bytes")
             self.events.append(chain)
             return None
@@ -163,11 +196,16 @@ class Scsi:
         chain.write(data, _RESPONSE.size)
         return _RESPONSE.size + len(data)
 
-    def _control(self, chain: Chain) -> int:
+    def _control(self, chain: Chain) -> int | None:
         sent = chain.read()
         kind = struct.unpack_from("<I", sent)[0] if len(sent) >= 4 else -1
         if kind == 0 and len(sent) == 24 and chain.writable_size == 1:
-            chain.write(b"\0")  # VIRTIO_SCSI_S_FUNCTION_COMPLETE
+            tmf = Tmf(*struct.unpack_from("<I8sQ", sent, 4))
+            self.tmfs.append(tmf)
+            response = self.manage(tmf)
+            if response is None:
+                return None
+            chain.write(bytes([response]))
             return 1
         if kind in (1, 2) and len(sent) == 16 and chain.writable_size == 5:
             chain.write(bytes(5))
@@ -197,8 +235,10 @@ class Scsi:
         if not there:
             return b"", NO_SENSE, BAD_TARGET
         code = cdb[0]
+        if self.known is not None and code not in self.known:
+            return b"", INVALID_COMMAND, OK
         if code == 0xA0:  # REPORT LUNS
-            listed = b"".join(struct.pack(">BB6x", n >> 8, n & 0xFF) for n in there)
+            listed = b"".join(struct.pack(">BB6x", 0x40 * (n > 255) | n >> 8, n & 0xFF) for n in there)
             most = struct.unpack_from(">I", cdb, 6)[0]
             return (struct.pack(">I4x", len(listed)) + listed)[:most], NO_SENSE, OK
         disk = self.luns.get((target, number))
@@ -281,7 +321,7 @@ class Scsi:
         pages = {
             0x00: bytes([0x00, 0x80, 0x83, 0xB0]),
             0x80: b"model-serial",
-            0x83: bytes([0x01, 0x03, 0, 8]) + bytes.fromhex("5000000000000001"),
+            0x83: bytes([0x01, 0x03, 0, 8]) + struct.pack(">Q", 5 << 60 | disk.name),
             0xB0: bytes(60),
         }
         page = pages.get(cdb[2])

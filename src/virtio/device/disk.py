@@ -33,7 +33,8 @@ class Disk:
 
     `size` is in bytes, a multiple of `block_size`. `place` tells it from its controller's others:
     "" for virtio-blk, "t0", "t0l3" for a unit. `identity` tells whether it is still the same disk
-    that is behind the place; `unique`: no other disk anywhere has it.
+    that is behind the place; `unique`: no other disk anywhere has it. `flush_known`: the device has said
+    that it takes a flush; if not, one that it does not know means that there is no cache.
 
     A template that is None is an operation it lacks; `write_fua` is durable when it has completed,
     `write_zeroes` leaves blocks allocated, `write_zeroes_unmap` need not; where these two have a
@@ -58,3 +59,4 @@ class Disk:
     explain: Callable[[Finished, int, bool], DeviceError | None] = field(repr=False)
     identity: str = ""
     unique: bool = False
+    flush_known: bool = True

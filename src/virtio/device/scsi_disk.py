@@ -79,6 +79,7 @@ def make_disk(
         serial=unit.serial,
         identity=unit.identity,
         unique=unit.unique,
+        flush_known=unit.mode.write_cache is not None,
         size=blocks * block,
         block_size=block,
         read_only=unit.read_only,
