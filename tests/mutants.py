@@ -35,11 +35,19 @@ SPLIT = "src/virtio/ring/split.py"
 REQUESTS = "src/virtio/ring/requests.py"
 DEVICE = "src/virtio/device/base.py"
 BLK = "src/virtio/device/blk.py"
+SCSI = "src/virtio/device/scsi.py"
+SCSI_DISK = "src/virtio/device/scsi_disk.py"
+SCSI_ERRORS = "src/virtio/device/scsi_errors.py"
+DIALOGUE = "src/virtio/device/dialogue.py"
+EVENT_QUEUE = "src/virtio/device/events.py"
+RECOVERY = "src/virtio/device/recovery.py"
+SCSI_WIRE = "src/virtio/wire/virtio_scsi.py"
 BDEV = "src/virtio_bdev/bdev.py"
 
-INIT, RING, USER, CLEAN, BLOCK = (
-    f"{CONFORMANCE}/test_{name}.py" for name in ("init", "split_ring", "vhost_user", "cleanup", "blk")
+INIT, RING, USER, CLEAN, BLOCK, UNITS = (
+    f"{CONFORMANCE}/test_{name}.py" for name in ("init", "split_ring", "vhost_user", "cleanup", "blk", "scsi")
 )
+EXPLAIN = "tests/device/test_explain.py"
 
 
 class Mutant(NamedTuple):
@@ -151,7 +159,7 @@ CLAUSES = [
     Clause("BLK-2", "S", "FLUSH without CONFIG_WCE: a write-back cache", _DISK),
     Clause("BLK-3", "M", "`writeback` is not read before FEATURES_OK"),
     Clause("BLK-4", "M", "ZONED only by those who know zones", f"ZONED is {_NEVER}: see FEA-3"),
-    Clause("BLK-5", "S", "the capacity is looked at again when it changed", "not yet"),
+    Clause("BLK-5", "S", "the capacity is looked at again when it changed"),
     Clause("BLK-6", "M", "nothing beyond the capacity"),
     Clause("BLK-7", "S", "RO is accepted, and then nothing is written"),
     Clause("BLK-8", "M", "a flush is of sector 0"),
@@ -164,6 +172,17 @@ CLAUSES = [
     Clause("BLK-15", "M", "an error says nothing of the other segments", "one segment a request"),
     Clause("BLK-16", "M", "the zoned operations", f"ZONED is {_NEVER}"),
     Clause("BLK-17", "-", "size_max, seg_max, limits of discard and write zeroes"),
+    Clause("SCS-1", "M", "nothing is written to the configuration but sense_size and cdb_size"),
+    Clause("SCS-2", "M", "no more commands to a unit than cmd_per_lun, over all queues"),
+    Clause("SCS-3", "S", "task_attr, prio and crn are 0"),
+    Clause("SCS-4", "S", "TARGET_FAILURE is final"),
+    Clause("SCS-5", "S", "the event queue always has buffers"),
+    Clause("SCS-6", "M", "event buffers: writable, and as large as events"),
+    Clause("SCS-7", "S", "missed events: look at everything again"),
+    Clause("SCS-8", "S", "an event of LUN 0 means its target"),
+    Clause("SCS-9", "-", "the eight bytes of an address, and both forms of those that come"),
+    Clause("SCS-10", "-", "the layout follows sense_size and cdb_size"),
+    Clause("SCS-11", "-", "seg_max, max_sectors, max_target and max_lun are kept to"),
 ]
 
 MUTANTS = [
@@ -691,6 +710,106 @@ MUTANTS = [
         BLK,
         "                max_unmap=unmap,\n",
         "                max_unmap=1 << 30,\n",
+    ),
+    Mutant(
+        "BLK-5",
+        f"{BLOCK}::test_a_disk_that_changes_its_size_has_it_at_once",
+        FRONT,
+        "            self.on_config_change()\n",
+        "            pass\n",
+    ),
+    # SCSI
+    Mutant(
+        "SCS-1",
+        f"{UNITS}::test_the_configuration_space_is_never_written",
+        FRONT,
+        "        return self._session.ask(Request.GET_CONFIG",
+        "        self._session.tell(Request.SET_CONFIG, ConfigSpace(0, 1).encode())\n"
+        "        return self._session.ask(Request.GET_CONFIG",
+    ),
+    Mutant(
+        "SCS-2",
+        f"{UNITS}::test_a_unit_never_has_more_commands_than_cmd_per_lun",
+        SCSI,
+        "        total = self.config.cmd_per_lun - (self.spare is not None)\n",
+        "        total = self.config.cmd_per_lun + len(self.leases)\n",
+    ),
+    Mutant(
+        "SCS-3",
+        f"{UNITS}::test_priorities_and_attributes_are_zero",
+        DIALOGUE,
+        "    request = RequestHeader(address, 0, cdb=cdb).encode()\n",
+        "    request = RequestHeader(address, 0, 1, cdb=cdb).encode()\n",
+    ),
+    Mutant(
+        "SCS-4",
+        f"{EXPLAIN}::test_a_scsi_response_becomes_an_error_that_a_person_understands",
+        SCSI_ERRORS,
+        "    ResponseCode.BUSY: (errno.EBUSY, True),\n",
+        "    ResponseCode.BUSY: (errno.EBUSY, True), ResponseCode.TARGET_FAILURE: (errno.EIO, True),\n",
+    ),
+    Mutant(
+        "SCS-5",
+        f"{UNITS}::test_event_buffers_are_as_large_as_events_and_never_run_out",
+        EVENT_QUEUE,
+        "            event = self._read(head)\n            self._offer(head)\n",
+        "            event = self._read(head)\n",
+    ),
+    Mutant(
+        "SCS-6",
+        f"{UNITS}::test_event_buffers_are_as_large_as_events_and_never_run_out",
+        EVENT_QUEUE,
+        "self._ring.describe(head, address, self._step, split.WRITE, 0)",
+        "self._ring.describe(head, address, self._step, 0, 0)",
+    ),
+    Mutant(
+        "SCS-7",
+        f"{UNITS}::test_missed_events_mean_that_everything_is_looked_for",
+        SCSI,
+        "        if event is None or event.missed:\n",
+        "        if event is None:\n",
+    ),
+    Mutant(
+        "SCS-8",
+        f"{UNITS}::test_an_event_of_lun_0_means_the_whole_target",
+        SCSI,
+        "            self._rescan_soon([target])\n",
+        "            self.chores.add(event, functools.partial(self._revalidate, (target, lun)))\n",
+    ),
+    Mutant(
+        "SCS-9",
+        f"{UNITS}::test_every_unit_is_addressed_in_the_flat_form",
+        SCSI_WIRE,
+        "    return bytes((1, target, 0x40 | lun >> 8, lun & 0xFF, 0, 0, 0, 0))\n",
+        "    return bytes((1, target, lun >> 8, lun & 0xFF, 0, 0, 0, 0))\n",
+    ),
+    Mutant(
+        "SCS-10",
+        f"{UNITS}::test_a_device_with_other_sizes_after_a_reset_is_refused",
+        SCSI,
+        "        if (config.sense_size, config.cdb_size) != (SENSE_SIZE, CDB_SIZE):\n",
+        "        if False:\n",
+    ),
+    Mutant(
+        "SCS-11",
+        f"{UNITS}::test_transfers_keep_to_max_sectors_and_seg_max",
+        SCSI_DISK,
+        "    limit = min(MAX_TRANSFER, config.max_sectors * _SECTOR or MAX_TRANSFER)\n",
+        "    limit = MAX_TRANSFER\n",
+    ),
+    Mutant(
+        "SCS-11",
+        f"{UNITS}::test_targets_and_units_beyond_the_limits_are_not_asked",
+        "src/virtio/device/probe.py",
+        "    return sorted({lun for lun in luns if lun <= max_lun})\n",
+        "    return sorted(set(luns))\n",
+    ),
+    Mutant(
+        "CLN-2",
+        f"{UNITS}::test_a_late_request_is_aborted_by_its_tag_and_the_queue_goes_on",
+        RECOVERY,
+        "        yield TaskFunction.ABORT_TASK, header.lun, header.tag\n",
+        "        yield TaskFunction.ABORT_TASK, header.lun, header.tag + 1\n",
     ),
 ]
 

@@ -8,10 +8,12 @@ from tests.conformance.driver import backend, channel, connect, ended, exercise,
 from tests.model import Backend, Blk
 from tests.model.blk import IOERR, UNSUPP, BlkFeature, BlkRequest, Type
 from tests.model.options import RING_FEATURES
-from tests.model.wire import F, Status
+from tests.model.wire import BackendRequest, F, Status
 from virtio.errors import DeviceError, ReadOnlyError, RequestError, VirtioError
+from virtio_bdev import Resized
 
 B = BlkFeature
+CONFIG_CHANGE = BackendRequest.CONFIG_CHANGE_MSG
 BASIC = B.SEG_MAX | B.BLK_SIZE
 RINGS = [
     pytest.param(RING_FEATURES, id="indirect"),
@@ -55,6 +57,24 @@ def test_with_flush_and_no_config_wce_the_cache_is_taken_as_write_back():
         opened.write(0, bytes(512))
         opened.flush()
         assert Type.FLUSH in kinds(model), "BLK-2: no flush"
+
+
+def test_a_disk_that_changes_its_size_has_it_at_once():
+    """BLK-5, VHU-17: told over the channel back, while requests go on."""
+    with Backend(Blk()) as model, channel(model) as opened:
+        bdev = opened.bdev
+        events = opened._controller.events()
+        for blocks in (4096, 100, 10000):
+            before = bdev.size
+            model.do(lambda blocks=blocks: model.device.resize(blocks))
+            assert model.request(CONFIG_CHANGE) == 0
+            opened.read(0, 512)
+            assert events.wait(5) == Resized(bdev, before)
+            assert bdev.size == 512 * blocks
+            opened.write(512 * (blocks - 1), b"the last" * 64)
+            with pytest.raises(RequestError):
+                opened.read(512 * blocks, 512)
+        assert bytes(model.device.disk[-512:]) == b"the last" * 64
 
 
 def test_writeback_is_not_read_before_features_ok():

@@ -99,6 +99,11 @@ class Blk:
         self.disk = bytearray(self.sectors * SECTOR)
         self.requests: deque[BlkRequest] = deque(maxlen=8192)
 
+    def resize(self, sectors: int) -> None:
+        """Have so many sectors from now on; in the back end's thread, which then says so."""
+        self.disk[sectors * SECTOR :] = bytes(max(0, sectors - self.sectors) * SECTOR)
+        self.sectors = sectors
+
     @property
     def config(self) -> bytes:
         """struct virtio_blk_config (5.2.4)."""
