@@ -112,7 +112,7 @@ class Controller(Mapping[str, Bdev]):
                 stream.end()
 
     def _tell(self, event: Event) -> None:
-        log.info("%s: %s", self.name, event)
+        log.debug("%s: %s", self.name, event)
         for stream in list(self._streams):
             stream.put(event)
 

@@ -49,7 +49,7 @@ def test_v_shows_every_message_with_time_direction_and_descriptors(blk):
 def test_vv_shows_what_the_rings_do_as_well(blk):
     done = run("list", blk.address, "--dev-type=blk", "-vv")
     assert done.returncode == 0 and b"> GET_FEATURES" in done.stderr
-    assert re.search(rb"\d ring +queue \d+: 1 of 1 answers are here\n", done.stderr)
+    assert re.search(rb"\d ring +queue \d+: 1 answers are here\n", done.stderr)
 
 
 @pytest.mark.parametrize("command", ["", *_COMMANDS])

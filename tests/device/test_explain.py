@@ -42,6 +42,8 @@ def explain(response, transfer=True):
         (Response(response=12), errno.ENODEV, False, "response INCORRECT_LUN"),
         (Response(response=5), errno.EBUSY, True, "response BUSY"),
         (Response(response=4), errno.ECANCELED, True, "response RESET"),
+        (Response(response=7), errno.EIO, False, "response TARGET_FAILURE"),
+        (Response(response=8), errno.EIO, False, "response NEXUS_FAILURE"),
         (Response(response=99), errno.EIO, False, "response 0x63"),
         (Response(residual=512), errno.EIO, False, "moved 512 bytes less"),
     ],

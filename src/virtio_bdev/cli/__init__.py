@@ -16,6 +16,7 @@ _COMMANDS = {
     "list": "List the disks behind an address.",
     "read": "Copy a disk, or a part of it, to a file.",
     "write": "Copy a file to a disk.",
+    "scsi": "Send a SCSI command as it is, and show the answer.",
     "run": "Hold the devices of a configuration file.",
     "bench": "Measure a disk: requests a second, and how long each takes.",
     "target": "Serve disks on a vhost-user socket.",
@@ -73,8 +74,9 @@ def main() -> None:
     """Run the program and exit with its status."""
     set_up(0)
     try:
-        cli.main(prog_name="virtio-bdev", standalone_mode=False)
+        status = cli.main(prog_name="virtio-bdev", standalone_mode=False)
         sys.stdout.flush()
+        sys.exit(status)  # None, unless a command has decided otherwise
     except click.UsageError as error:
         error.show()
         sys.exit(error.exit_code)
