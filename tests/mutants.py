@@ -308,8 +308,8 @@ MUTANTS = [
         "CLN-1",
         f"{CLEAN}::test_descriptors_of_a_request_that_timed_out_stay_as_they_are",
         REQUESTS,
-        "store_u32(self._records, record + _STATE, _ORPHAN)",
-        "self._release(slot)",
+        "                self._orphan(slot)\n                self._kept[slot] = kept\n",
+        "                self._release(slot)\n",
     ),
     Mutant(
         "CLN-2",

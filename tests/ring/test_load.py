@@ -11,7 +11,7 @@ from fractions import Fraction
 import pytest
 from hypothesis import given, strategies as st
 
-from tests.ring.test_requests import IOVA, READ, Bench, finish, serve
+from tests.ring.test_requests import IOVA, READ, Bench, abandon, finish, serve
 from virtio.errors import RequestError
 from virtio.ring import requests
 from virtio.ring.load import Histogram, Load
@@ -297,12 +297,14 @@ def test_what_was_abandoned_is_no_part_of_the_next_load(served):
     bench = Bench(8)
     first = Load(512, 4096, random=True)
     assert bench.queue.run(loaded(bench, first, 3), 1000, 0) == requests.IDLE
-    bench.queue.abandon()
+    abandon(bench.queue)
     second = Load(512, 4096, random=True, requests=100)
     task = loaded(bench, second, 3)
     served(bench, bytearray(4096))
     finish(bench.queue, task)
     assert (first.latency.count, second.latency.count) == (0, 100)
+    bench.queue.look()
+    bench.queue.sweep()
     assert bench.queue.orphans == 0
 
 

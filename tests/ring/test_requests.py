@@ -19,6 +19,7 @@ from virtio.ring.requests import (
     OFFSET,
     TAG,
     TO_DEVICE,
+    Kept,
     Layout,
     Patch,
     RequestQueue,
@@ -323,6 +324,12 @@ def served():
         thread.join()
 
 
+def abandon(queue):
+    """As a lease does it whose caller has left."""
+    kept = Kept(0, [])
+    kept.count = queue.abandon_task(kept)
+
+
 def finish(queue, task, seconds=20):
     faults = []
     end = time.monotonic() + seconds
@@ -429,7 +436,7 @@ def test_abandoned_requests_keep_their_slots_until_the_device_returns_them():
     data = bench.pool.take(512)
     task = constant(array("Q", [0, 512]), data)
     assert bench.queue.run(task, 1000, 0) == requests.IDLE
-    bench.queue.abandon()
+    abandon(bench.queue)
     assert bench.queue.orphans == 2 and bench.queue.in_flight == 2
     heads = bench.arrivals()
     before = [bench.chain(head) for head in heads]
@@ -442,7 +449,77 @@ def test_abandoned_requests_keep_their_slots_until_the_device_returns_them():
     for head in heads:
         bench.answer(head, b"\0")
     assert bench.queue.run(other, 1000, 0) == requests.IDLE
+    assert other.active == 2 and bench.queue.sweep() and not bench.queue.sweep()
+    assert bench.queue.run(other, 1000, 0) == requests.IDLE
     assert bench.queue.orphans == 0 and other.active == 4 and other.finished == 0
+
+
+class Counted:
+    """What is kept for a request, as a buffer is."""
+
+    def __init__(self):
+        self.held = 1
+
+    def let_go(self):
+        self.held -= 1
+
+
+def test_single_requests_of_several_owners_are_kept_apart_and_in_order(served):
+    bench = Bench(16)
+    data = bench.pool.take(4096)
+    kept = [Counted() for _ in range(9)]
+    for token in range(9):
+        assert bench.queue.submit(READ, 0, 512, data.offset, token, token % 3, kept[token])
+    bench.queue.kick()
+    served(bench, bytearray(4096))
+    deadline = time.monotonic() + 5
+    while bench.queue.in_flight:
+        assert time.monotonic() < deadline
+        bench.queue.look()
+    assert [f.token for f in bench.queue.poll(2, 1)] == [1, 4]
+    assert [f.token for f in bench.queue.poll(9, 2)] == [2, 5, 8]
+    assert [f.token for f in bench.queue.poll(9, 1)] == [7]
+    assert [one.held for one in kept] == [1, 0, 0, 1, 0, 0, 1, 0, 0]
+    assert bench.queue.abandon(0) == 0  # all of them are back
+    assert [one.held for one in kept] == [0] * 9 and bench.queue.poll(9, 0) == []
+
+
+def test_a_forsaken_request_keeps_what_it_uses_until_it_is_back():
+    """CLN-1, CLN-2."""
+    bench = Bench(4)
+    data = bench.pool.take(2048)
+    kept = [Counted() for _ in range(3)]
+    for token, template in enumerate((READ, WRITE_, READ)):
+        bench.queue.submit(template, 512 * token, 512, data.offset + 512 * token, token, 7, kept[token])
+    bench.queue.kick()
+    heads = bench.arrivals()
+    assert not bench.queue.forsake(8, 1) and not bench.queue.forsake(7, 3)
+    assert bench.queue.forsake(7, 1) and not bench.queue.forsake(7, 1)
+    assert bench.queue.forsake(7, 0)
+    assert (bench.queue.orphans, bench.queue.orphan_changes) == (2, 1)
+    assert bench.queue.overlaps_orphan(0, 513) and bench.queue.overlaps_orphan(1023, 512)
+    assert not bench.queue.overlaps_orphan(0, 512) and not bench.queue.overlaps_orphan(1024, 512)
+    for head in heads[:2]:
+        bench.answer(head, b"\0")
+    bench.queue.look()
+    assert [one.held for one in kept] == [1, 1, 1]
+    assert bench.queue.sweep() and (bench.queue.orphans, bench.queue.orphan_changes) == (0, 0)
+    assert [one.held for one in kept] == [0, 0, 1]
+    assert not bench.queue.overlaps_orphan(0, 2048)
+    bench.answer(heads[2], b"\0")
+    assert [f.token for f in bench.queue.poll(9, 7)] == [2] and kept[2].held == 0
+
+
+def test_what_a_dead_device_keeps_is_let_go_of():
+    bench = Bench(4)
+    data = bench.pool.take(512)
+    kept = Counted()
+    bench.queue.submit(READ, 0, 512, data.offset, 1, 5, kept)
+    bench.queue.kick()
+    assert bench.queue.abandon(5) == 1 and kept.held == 1
+    bench.queue.detach()
+    bench.queue.forget()
+    assert kept.held == 0
 
 
 def test_requests_one_by_one_survive_a_task_in_between(served):

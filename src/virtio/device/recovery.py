@@ -5,6 +5,7 @@ A request's slot, tag and memory stay taken until the device has returned it, wh
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,7 @@ CONTROL_LAYOUT = Layout(
     request=24, payload=0, response=1, result_offset=0, result_mask=0xFF, response_first=False
 )
 _Functions: TypeAlias = Iterator[tuple[int, bytes, int]]
+_LOOK_S = 0.005  # between two looks at a queue
 _DONE = (ResponseCode.FUNCTION_COMPLETE, ResponseCode.FUNCTION_SUCCEEDED)
 
 
@@ -95,11 +97,18 @@ def _target_resets(headers: Iterable[RequestHeader]) -> _Functions:
 
 
 def _settled(lease: Lease, timeout: float) -> bool:
-    """Whether no orphan is left, after waiting a little for those that are on their way."""
-    end = time.monotonic_ns() + int(timeout * 1e9)
-    try:
-        with lease.borrow(end):
-            lease.settle(end)
-    except RequestTimeout:
-        pass  # its owner is busy with it, and looks himself
+    """Whether no orphan is left, after waiting a little for those that are on their way.
+
+    The queue's owner may use it meanwhile, and then looks himself.
+    """
+    end = time.monotonic() + timeout
+    while lease.queue.orphans:
+        with contextlib.suppress(RequestTimeout), lease.borrow(time.monotonic_ns()):
+            lease.queue.look()
+            lease.queue.sweep()
+        if time.monotonic() >= end:
+            break
+        if lease.queue.orphans:
+            lease.life.check()
+            time.sleep(_LOOK_S)
     return lease.queue.orphans == 0

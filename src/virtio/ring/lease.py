@@ -32,12 +32,13 @@ from virtio.ring.requests import (
     TICK,
     UNFIT,
     Finished,
+    Kept,
     RequestQueue,
     Task,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator
 
     from virtio.ring.buffer import Buffer
 
@@ -75,6 +76,11 @@ _REASONS = {
 def deadline_in(seconds: float | None) -> int | None:
     """The moment, on the monotonic clock in nanoseconds, that is so many seconds away."""
     return None if seconds is None else time.monotonic_ns() + int(seconds * 1e9)
+
+
+def _let_go(buffers: Iterable[Buffer]) -> None:
+    for buffer in buffers:
+        buffer.let_go()
 
 
 class Life:
@@ -160,7 +166,6 @@ class Lease:
         self.late: Callable[[Lease], None] | None = None
         self._lock = threading.Lock()
         self._inside = False  # a caller, not somebody who has borrowed it
-        self._quarantine: list[tuple[tuple[Buffer, ...], object]] = []
         self._poll = select.poll()
         self._poll.register(completion_fd, select.POLLIN)
         self._poll.register(life.fd, select.POLLIN)
@@ -177,12 +182,12 @@ class Lease:
         except BaseException:
             self._lock.release()
             raise
-        self._inside = True
+        self._inside = self.queue.taken = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         late = kind is not None and issubclass(kind, RequestTimeout) and self.queue.orphans > 0
-        self._inside = False
+        self._inside = self.queue.taken = False
         self._lock.release()
         if late and self.late is not None:
             self.late(self)
@@ -197,8 +202,10 @@ class Lease:
             raise RequestTimeout(f"a queue of {self.life.name} was never idle")
         try:
             self.life.check()
+            self.queue.taken = True
             yield
         finally:
+            self.queue.taken = False
             self._lock.release()
 
     def retire(self) -> None:
@@ -208,9 +215,7 @@ class Lease:
 
     def forget(self) -> None:
         """Let go of what was kept for a device that is no more."""
-        kept, self._quarantine = self._quarantine, []
-        for buffers, _ in kept:
-            self._let_go(buffers, None)
+        self.queue.forget()
 
     def execute(
         self,
@@ -230,24 +235,18 @@ class Lease:
         for buffer in task.buffers:
             buffer.check()
         self.queue.check(task)
-        self._reclaim()
-        if self.queue.orphans and task.template.direction != FROM_DEVICE:
-            self.settle(deadline)  # one of them may be a write that has yet to land
+        if self.queue.orphan_changes and task.template.direction != FROM_DEVICE:
+            self.settle(deadline, changes=True)
         for buffer in task.buffers:
             buffer.hold()
         try:
             return self._drive(task, deadline, spin_ns, explain, watch)
         finally:
-            self._let_go(task.buffers, task if task.active else None)
-
-    def _let_go(self, buffers: Sequence[Buffer], in_flight: object) -> None:
-        """Let go of buffers, or keep them and `in_flight`, whatever it is, for the device."""
-        if in_flight:
-            self.queue.abandon()
-            self._quarantine.append((tuple(buffers), in_flight))
-        else:
-            for buffer in buffers:
-                buffer.let_go()
+            kept = Kept(0, task.buffers, task)
+            if task.active:
+                kept.count = self.queue.abandon_task(kept)
+            if not kept.count:
+                _let_go(task.buffers)
 
     def _drive(
         self,
@@ -261,6 +260,7 @@ class Lease:
         tries: dict[int, int] = {}
         while True:
             reason = self.queue.run(task, _SLICE_NS, spin_ns)
+            swept = self.queue.orphans > 0 and self.queue.sweep()
             if self._told:
                 self._tell(task, reason)
             if reason == DONE:
@@ -288,7 +288,7 @@ class Lease:
                 if watch is not None:
                     deadline = watch()
                 self._check_deadline(deadline, self.queue.in_flight)
-                if reason == IDLE:
+                if reason == IDLE and not swept:  # which may have made room
                     self.sleep(deadline)
 
     def _tell(self, task: Task, reason: int) -> None:
@@ -337,7 +337,10 @@ class Lease:
         try:
             yield
         finally:
-            self._let_go(buffers, self.queue.in_flight > self.queue.orphans)
+            kept = Kept(0, buffers)
+            kept.count = self.queue.abandon(0, kept)
+            if not kept.count:
+                _let_go(buffers)
 
     def gather(self, least: int, deadline: int | None) -> list[Finished]:
         """At least so many of the requests submitted one by one; sleeps until they are back."""
@@ -357,26 +360,27 @@ class Lease:
             self._raise_broken()
         return finished
 
-    def settle(self, deadline: int | None) -> None:
-        """Wait until no orphan is left; RequestTimeout at the deadline."""
-        while self.queue.orphans:
-            self.queue.poll(0)
+    def settle(self, deadline: int | None, *, changes: bool = False) -> None:
+        """Wait until no orphan is left, or with `changes` none that changes the disk.
+
+        RequestTimeout at the deadline.
+        """
+        while True:
+            self.queue.look()
+            self.queue.sweep()
             if self.queue.broken:
                 self._raise_broken()
-            if self.queue.orphans:
-                self._check_deadline(deadline, self.queue.orphans)
-                self.sleep(deadline)
-        self._reclaim()
+            left = self.queue.orphan_changes if changes else self.queue.orphans
+            if not left:
+                return
+            self._check_deadline(deadline, left)
+            self.sleep(deadline)
 
     def _drain(self) -> None:
         try:
             os.eventfd_read(self.completion_fd)
         except BlockingIOError:
             pass  # somebody else's wake-up, or a peer that plays with it
-
-    def _reclaim(self) -> None:
-        if self._quarantine and not self.queue.orphans:
-            self.forget()
 
     def _check_deadline(self, deadline: int | None, waiting: int) -> None:
         if deadline is not None and time.monotonic_ns() >= deadline:

@@ -32,8 +32,8 @@ cdef int _NO_DATA, _TO_DEVICE, _FROM_DEVICE, _OFFSET, _NBYTES, _CONSTANT, _BOUNC
 cdef int _DONE, _TICK, _IDLE, _FAULT, _BROKEN, _LOST, _UNFIT
 cdef int _NEXT, _WRITE, _INDIRECT, _NOTHING, _RING_BROKEN, _FULL, _MISFIT
 cdef int32_t _EINPROGRESS
-cdef size_t _RECORD, _STATE, _KEY, _LENGTH, _OFF, _DATA, _TOKEN, _RESULT, _TIME, _PATCH
-cdef uint32_t _FREE, _TASK, _SINGLE, _ORPHAN, _ENDED
+cdef size_t _RECORD, _STATE, _KEY, _LENGTH, _OFF, _DATA, _TOKEN, _RESULT, _TIME, _OWNER, _CHANGES, _PATCH
+cdef uint32_t _FREE, _TASK, _SINGLE, _ENDED, _NOBODY
 cdef uint32_t _CLOCK_EVERY, _ROUNDS
 
 
@@ -45,7 +45,7 @@ cdef int64_t _first_bad(Mem offsets, int64_t count, uint64_t last, uint64_t grid
 cdef class Template:
     cdef readonly uint32_t key, request_bytes, payload_bytes
     cdef readonly uint64_t data_bytes
-    cdef readonly bint transfer
+    cdef readonly bint transfer, changes
     cdef readonly int direction
     cdef object _bytes, _patches
     cdef Mem _mem, _patch
@@ -76,9 +76,11 @@ cdef class Task:
 @cython.final
 cdef class RequestQueue:
     cdef readonly SplitRing ring
-    cdef readonly uint32_t slots, segments, orphans
+    cdef readonly uint32_t slots, segments, orphans, orphan_changes
     cdef readonly uint64_t segment_bytes
-    cdef readonly bint indirect, broken
+    cdef readonly bint indirect
+    cdef public bint broken, taken
+    cdef list _kept
     cdef object _buffer, _layout, _region_view, _table_array
     cdef object _records_owner, _free_array, _faults_array, _ended_array, _stop_owner
     cdef Doorbell _doorbell
@@ -91,6 +93,21 @@ cdef class RequestQueue:
     cdef uint64_t _result_mask
     cdef uint32_t _chain, _free_count, _fault_count, _ended_first, _ended_count
 
+    @cython.locals(slot=int)
+    cpdef bint submit(self, Template template, uint64_t offset, uint64_t nbytes, uint64_t data, uint64_t token,
+                      uint32_t owner=*, kept=*) except -1
+    cpdef void kick(self) noexcept
+    cpdef void look(self) noexcept
+    cdef uint32_t _next_ended(self) noexcept nogil
+    @cython.locals(last=uint32_t)
+    cdef void _put_ended(self, uint32_t slot) noexcept nogil
+    cpdef _lose_orphan(self, uint32_t slot)
+    cpdef _let_go(self, uint32_t slot)
+    cdef void _orphan(self, uint32_t slot) noexcept nogil
+    @cython.locals(slot=uint32_t, record=size_t)
+    cpdef bint forsake(self, uint32_t owner, uint64_t token) noexcept
+    @cython.locals(slot=uint32_t, record=size_t, begin=uint64_t)
+    cpdef bint overlaps_orphan(self, uint64_t offset, uint64_t nbytes) noexcept
     @cython.locals(reason=int)
     cpdef int run(self, Task task, uint64_t slice_ns, uint64_t spin_ns) noexcept
     @cython.locals(begun=uint64_t, busy=uint64_t, now=uint64_t, spins=uint32_t, rounds=uint32_t,

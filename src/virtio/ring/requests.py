@@ -80,7 +80,9 @@ _EINPROGRESS = errno.EINPROGRESS
 # A slot's private record, and the states it goes through.
 _RECORD = 64
 _STATE, _KEY, _LENGTH, _OFF, _DATA, _TOKEN, _RESULT, _TIME = 0, 4, 8, 16, 24, 32, 40, 48
-_FREE, _TASK, _SINGLE, _ORPHAN, _ENDED = 0, 1, 2, 3, 4
+_OWNER, _CHANGES = 56, 60  # whose single request it is; whether it changes the disk
+_FREE, _TASK, _SINGLE, _ENDED = 0, 1, 2, 3
+_NOBODY = 0xFFFFFFFF  # the owner of an orphan
 
 _PATCH = 10  # a packed patch: source, offset, width, big-endian, shift; 16 bits each
 _CLOCK_EVERY = 64  # spins between two looks at the clock
@@ -124,6 +126,21 @@ class Finished(NamedTuple):
     response: bytes
 
 
+class Kept:
+    """What `count` orphans still use, for the last of them to let go of: buffers, and any object."""
+
+    def __init__(self, count: int, buffers: Sequence[Buffer], used: object = None) -> None:
+        self.count, self._buffers, self._used = count, buffers, used
+
+    def let_go(self) -> None:
+        """One of them is back."""
+        self.count -= 1
+        if not self.count:
+            self._used = None
+            for buffer in self._buffers:
+                buffer.let_go()
+
+
 class Template:
     """One operation: header bytes, an inline payload that follows them, patches, direction.
 
@@ -152,6 +169,7 @@ class Template:
         self._bytes = bytes(request + payload)
         self._mem = window(self._bytes)
         self.transfer = direction != NO_DATA and not data_bytes  # its data is that of the range
+        self.changes = bool(payload) or direction == TO_DEVICE  # the disk
         self._patches = array("H", [field for patch in patches for field in patch])
         self._patch = window(self._patches) if patches else null()
         self._patch_count = len(patches)
@@ -318,6 +336,9 @@ class RequestQueue:
     """Slots, templates and one split ring; one thread at a time, which its owner sees to.
 
     Owns nothing but its private state: memory, doorbell and descriptors are its maker's.
+
+    A request whose caller does not wait any more is an *orphan*: `orphans` counts them, and
+    `orphan_changes` those that may yet change the disk. `taken` says that somebody is inside a call.
     """
 
     def __init__(
@@ -341,8 +362,9 @@ class RequestQueue:
         self.slots = slots
         self.segments, self.segment_bytes = segments, segment_bytes
         self.indirect = indirect
-        self.orphans = 0
+        self.orphans = self.orphan_changes = 0
         self.broken = False
+        self.taken = False
         self._doorbell = Doorbell()
         self._layout = layout
         self._region_view = region
@@ -370,6 +392,7 @@ class RequestQueue:
         self._ended_array = array("H", [0]) * slots
         self._ended = window(self._ended_array)
         self._ended_first = self._ended_count = 0
+        self._kept: list[Kept | Buffer | None] = [None] * slots
         self._sequence = 0
         self._stop_owner = bytearray(4)
         self._stop = window(self._stop_owner)
@@ -396,10 +419,20 @@ class RequestQueue:
 
     # One by one.
 
-    def submit(self, template: Template, offset: int, nbytes: int, data: int, token: int) -> bool:
+    def submit(
+        self,
+        template: Template,
+        offset: int,
+        nbytes: int,
+        data: int,
+        token: int,
+        owner: int = 0,
+        kept: Buffer | None = None,
+    ) -> bool:
         """Put one request in a slot, unseen by the device until `kick`; false when none is free.
 
-        `data` is where in the region its data is; `token` comes back from `poll`.
+        `data` is where in the region its data is; `token` comes back from `poll` for its `owner`.
+        `kept`, which has been told to `hold`, is let go of when the request is back.
         """
         if self._free_count == 0:
             return False
@@ -410,24 +443,73 @@ class RequestQueue:
             raise RequestError(
                 f"{nbytes} bytes do not fit in {self.segments} segments of {self.segment_bytes}"
             )
-        return slot >= 0
+        if slot < 0:
+            return False
+        store_u32(self._records, _RECORD * slot + _OWNER, owner)
+        self._kept[slot] = kept
+        return True
 
     def kick(self) -> None:
         """Show the device what was submitted, and notify it if it asked for that."""
         if self.ring.publish():
             self._doorbell.ring()
 
-    def poll(self, limit: int = 64) -> list[Finished]:
-        """Requests that came back, oldest first; never blocks. `broken` tells of a bad device."""
+    def poll(self, limit: int = 64, owner: int = 0) -> list[Finished]:
+        """Requests of one owner that came back, oldest first; never blocks. Not amid a task.
+
+        `broken` tells of a bad device.
+        """
+        self.look()
+        return self._hand_out(limit, owner)
+
+    def _hand_out(self, limit: int, owner: int) -> list[Finished]:
+        finished: list[Finished] = []
+        for _ in range(self._ended_count):
+            slot = self._next_ended()
+            whose = load_u32(self._records, _RECORD * slot + _OWNER)
+            if whose == _NOBODY:
+                self._lose_orphan(slot)
+            elif whose == owner and len(finished) < limit:
+                finished.append(self._take(slot))
+                self._let_go(slot)
+            else:
+                self._put_ended(slot)
+        return finished
+
+    def sweep(self) -> bool:
+        """Let go of the orphans that were found to be back; whether there were any. Never blocks."""
+        before = self.orphans
+        self._hand_out(0, 0)
+        return bool(self.orphans < before)
+
+    def look(self) -> None:
+        """Take what the device has used, for `poll` and `sweep`; not amid a task, whose `run` does it."""
         if self._collect(self._nothing) < 0:
             self.broken = True
-        finished: list[Finished] = []
-        while self._ended_count and len(finished) < limit:
-            slot = load_u16(self._ended, 2 * self._ended_first)
-            self._ended_first = (self._ended_first + 1) % self.slots
-            self._ended_count -= 1
-            finished.append(self._take(slot))
-        return finished
+
+    def _next_ended(self) -> int:
+        slot = load_u16(self._ended, 2 * self._ended_first)
+        self._ended_first = (self._ended_first + 1) % self.slots
+        self._ended_count -= 1
+        return slot
+
+    def _put_ended(self, slot: int) -> None:
+        last = (self._ended_first + self._ended_count) % self.slots
+        store_u16(self._ended, 2 * last, slot)
+        self._ended_count += 1
+
+    def _lose_orphan(self, slot: int) -> None:
+        self.orphans -= 1
+        if load_u32(self._records, _RECORD * slot + _CHANGES):
+            self.orphan_changes -= 1
+        self._release(slot)
+        self._let_go(slot)
+
+    def _let_go(self, slot: int) -> None:
+        kept = self._kept[slot]
+        if kept is not None:
+            self._kept[slot] = None
+            kept.let_go()
 
     def _check_data(self, end: int) -> None:
         if end > len(self._region_view):
@@ -466,14 +548,80 @@ class RequestQueue:
             finished.append(self._take(load_u16(self._faults, 2 * self._fault_count)))
         return finished
 
-    def abandon(self) -> None:
-        """Make orphans of all requests in flight: nobody waits, but slot and memory stay taken."""
+    def abandon_task(self, kept: Kept) -> int:
+        """Make orphans of a task's requests that are in flight, which use `kept`; how many."""
+        self.faults()
+        count = 0
+        for slot in range(self.slots):
+            if load_u32(self._records, _RECORD * slot + _STATE) == _TASK:
+                self._orphan(slot)
+                self._kept[slot] = kept
+                count += 1
+        return count
+
+    def abandon(self, owner: int, kept: Kept | None = None) -> int:
+        """Make orphans of all single requests of an owner, who wants no answers any more.
+
+        How many are in flight: these use `kept`, or what they had. Those that are back are done.
+        """
+        for _ in range(self._ended_count):
+            slot = self._next_ended()
+            if load_u32(self._records, _RECORD * slot + _OWNER) == owner:
+                self._release(slot)
+                self._let_go(slot)
+            else:
+                self._put_ended(slot)
+        count = 0
         for slot in range(self.slots):
             record = _RECORD * slot
-            if load_u32(self._records, record + _STATE) in (_TASK, _SINGLE):
-                store_u32(self._records, record + _STATE, _ORPHAN)
-                self.orphans += 1
-        self.faults()
+            mine = load_u32(self._records, record + _OWNER) == owner
+            if mine and load_u32(self._records, record + _STATE) == _SINGLE:
+                self._orphan(slot)
+                if kept is not None:
+                    self._kept[slot] = kept
+                count += 1
+        return count
+
+    def forsake(self, owner: int, token: int) -> bool:
+        """Make an orphan of one single request; false if it is not in flight."""
+        for slot in range(self.slots):
+            record = _RECORD * slot
+            if (
+                load_u32(self._records, record + _STATE) == _SINGLE
+                and load_u64(self._records, record + _TOKEN) == token
+                and load_u32(self._records, record + _OWNER) == owner
+            ):
+                self._orphan(slot)
+                return True
+        return False
+
+    def _orphan(self, slot: int) -> None:
+        record = _RECORD * slot
+        store_u32(self._records, record + _STATE, _SINGLE)
+        store_u32(self._records, record + _OWNER, _NOBODY)
+        self.orphans += 1
+        if load_u32(self._records, record + _CHANGES):
+            self.orphan_changes += 1
+
+    def overlaps_orphan(self, offset: int, nbytes: int) -> bool:
+        """Whether an orphan may yet change these bytes, of whichever disk."""
+        for slot in range(self.slots):
+            record = _RECORD * slot
+            begin = load_u64(self._records, record + _OFF)
+            if (
+                load_u32(self._records, record + _OWNER) == _NOBODY
+                and load_u32(self._records, record + _STATE) == _SINGLE
+                and load_u32(self._records, record + _CHANGES)
+                and begin < offset + nbytes
+                and offset < begin + load_u64(self._records, record + _LENGTH)
+            ):
+                return True
+        return False
+
+    def forget(self) -> None:
+        """Let go of all that requests keep, after the device has; it will not answer any more."""
+        for slot in range(len(self._kept)):
+            self._let_go(slot)
 
     def orphan_headers(self) -> list[bytes]:
         """The request header of each orphan, which tells the device which one is meant.
@@ -485,7 +633,8 @@ class RequestQueue:
             for begin in (
                 self._slots_at + self._stride * slot
                 for slot in range(self.slots)
-                if load_u32(self._records, _RECORD * slot + _STATE) == _ORPHAN
+                if load_u32(self._records, _RECORD * slot + _STATE) == _SINGLE
+                and load_u32(self._records, _RECORD * slot + _OWNER) == _NOBODY
             )
         ]
 
@@ -649,6 +798,8 @@ class RequestQueue:
         else:
             store_u8(self._region, base + self._result_at, 0xFF)
         store_u32(self._records, record + _STATE, state)
+        store_u32(self._records, record + _OWNER, 0)
+        store_u32(self._records, record + _CHANGES, template.changes)
         store_u32(self._records, record + _KEY, template.key)
         store_u64(self._records, record + _LENGTH, nbytes)
         store_u64(self._records, record + _OFF, offset)
@@ -757,9 +908,6 @@ class RequestQueue:
             if state == _TASK and result == 0:
                 self._complete(task, record)
                 self._release(slot)
-            elif state == _ORPHAN:
-                self.orphans -= 1
-                self._release(slot)
             else:
                 store_u64(self._records, record + _RESULT, result)
                 if state == _TASK:
@@ -767,9 +915,7 @@ class RequestQueue:
                     store_u16(self._faults, 2 * self._fault_count, slot)
                     self._fault_count += 1
                 else:
-                    last = (self._ended_first + self._ended_count) % self.slots
-                    store_u16(self._ended, 2 * last, slot)
-                    self._ended_count += 1
+                    self._put_ended(slot)
                 store_u32(self._records, record + _STATE, _ENDED)
         return count
 
