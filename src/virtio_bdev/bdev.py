@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import uuid
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from virtio.errors import ReadOnlyError, RequestError, TransportError
+from virtio.ring.submit import Budget, Geometry
 from virtio_bdev.channel import Channel, Wait
 
 if TYPE_CHECKING:
     from virtio.device.disk import Disk, Limits
+    from virtio.ring.lease import Lease
     from virtio_bdev.registry import Controller
 
 _UUIDS = uuid.UUID("5b9d0d4e-6d0c-5b0a-9b60-0d6b1a8f2f11")  # of this library, for version 5
@@ -27,10 +30,28 @@ class Bdev:
     def __init__(self, controller: Controller, disk: Disk, name: str) -> None:
         self.name = name
         self.controller = controller
+        self.geometry = Geometry()
         self.disk = disk
+        self._budgets: weakref.WeakKeyDictionary[Lease, Budget] = weakref.WeakKeyDictionary()
         own = disk.identity if disk.unique else f"{controller.address} {disk.place}"
         self.uuid = str(uuid.uuid5(_UUIDS, own))
         self._removed = False
+
+    @property
+    def disk(self) -> Disk:
+        """The disk as its device has described it last."""
+        return self._disk
+
+    @disk.setter
+    def disk(self, disk: Disk) -> None:
+        self._disk, geometry = disk, self.geometry
+        geometry.size, geometry.block_size = disk.size, disk.block_size
+        geometry.max_transfer, geometry.read_only = disk.limits.max_transfer, disk.read_only
+        geometry.online = True
+
+    def budget(self, lease: Lease) -> Budget:
+        """What its channels on one queue share; for `Channel` to call."""
+        return self._budgets.setdefault(lease, Budget(self.limits.depth))
 
     @property
     def size(self) -> int:
@@ -62,6 +83,7 @@ class Bdev:
     def remove(self) -> None:
         """The disk is not there any more; for `Controller` to call."""
         self._removed = True
+        self.geometry.online = False
 
     def check_online(self) -> None:
         """Raise TransportError(ENODEV) if the disk was removed, or what has ended its device."""

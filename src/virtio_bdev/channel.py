@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import os
+import time
 import warnings
 from array import array
 from typing import TYPE_CHECKING, Literal
@@ -26,12 +29,14 @@ from virtio.ring.requests import (
     Template,
     first_bad_offset,
 )
+from virtio.ring.submit import Submitter
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer as BufferProtocol
 
     from virtio.device.disk import Disk
     from virtio.ring.load import Load
+    from virtio.ring.requests import Finished
     from virtio_bdev.bdev import Bdev
 
 Wait = Literal["adaptive", "poll", "event"]
@@ -39,7 +44,12 @@ Wait = Literal["adaptive", "poll", "event"]
 _OFFSETS = ("Q", "q", "L", "l")  # formats of 64-bit integers; a negative one is past any end
 _SPIN_NS = {"adaptive": 50_000, "poll": 1 << 62, "event": 0}
 _BOUNCE_BYTES = 8 << 20  # of the pool, for one call
+_TRIES = 8  # of a single request that a transient error hits
+_PAUSE_S = 0.001  # between two of them, growing
+_CLOSE_S = 1.0
 _ZERO_BYTES = 256 << 10  # of zeros, where the device cannot write zeroes itself
+
+_owners = itertools.count(1)  # of single requests: each channel is one
 
 
 class Batch:
@@ -67,7 +77,7 @@ class Batch:
         return f"<Batch of {len(self.status)}, {bad} failed>"
 
 
-class Channel:
+class Channel(Submitter):
     """Reads and writes of one disk on one queue lease, one call at a time.
 
     Offsets and lengths are in bytes, multiples of the disk's block size. All channels that a
@@ -87,7 +97,10 @@ class Channel:
         self.wait = wait
         self._controller = bdev.controller
         self._scratch: Buffer | None = None
-        self._lease = self._controller.take_lease()
+        self._tries: dict[int, int] = {}  # of single requests, by slot
+        self._lease = lease = self._controller.take_lease()
+        super().__init__(lease.queue, next(_owners), bdev.geometry, bdev.budget(lease))
+        self._pool = self._controller.device.pool
         self.closed = False
 
     # Calls.
@@ -168,7 +181,7 @@ class Channel:
                         min(part, nbytes),
                         mode=CONSTANT,
                         base=zeros.offset,
-                        depth=self._disk.limits.depth,
+                        depth=self._depth,
                         buffers=[zeros],
                     )
                 )
@@ -201,6 +214,117 @@ class Channel:
     def write_batch(self, offsets: BufferProtocol, nbytes: int, data: BufferProtocol) -> Batch:
         """Write `nbytes` at each of many offsets; item `i` comes from `data[i * nbytes:]`."""
         return self._batch(self._disk.write, offsets, nbytes, data, write=True)
+
+    # One by one.
+
+    def submit_read(self, offset: int, into: Buffer, token: int, *, at: int = 0, nbytes: int = -1) -> bool:
+        """Begin to read into a buffer of `Controller.buffer`, or a part of it; false: not now.
+
+        The queue, or what the disk takes at a time, is full, or bytes of a cancelled write are still to
+        land there: `poll`, and try again. `token`, a number from 0 to 2**64 - 1, comes back from `poll`.
+        """
+        return self.submit(self._disk.read, offset, into, at, nbytes, token)
+
+    def submit_write(self, offset: int, data: Buffer, token: int, *, at: int = 0, nbytes: int = -1) -> bool:
+        """Begin to write from a buffer of `Controller.buffer`, or a part of it; false: not now."""
+        return self.submit(self._disk.write, offset, data, at, nbytes, token)
+
+    def submit_flush(self, token: int) -> bool:
+        """Begin to make durable what has been written; false: not now."""
+        self._examine(self._disk.read, 0, self._disk.block_size, 1 << 62, None, 0)
+        if self._disk.flush is None or self._disk.read_only:
+            self._done.append((token, None))
+            return True
+        return self._queue(self._disk.flush, 0, self._disk.block_size, 0, token, None)
+
+    def submit_unmap(self, offset: int, nbytes: int, token: int) -> bool:
+        """Begin to give bytes back, at most `limits.max_unmap`; false: not now."""
+        template = self._disk.unmap
+        if template is None:
+            raise RequestError(f"{self.bdev.name} does not support unmap")
+        if not self._examine(template, offset, nbytes, self._disk.limits.max_unmap, None, 0):
+            return False
+        return self._queue(template, offset, nbytes, 0, token, None)
+
+    def submit_write_zeroes(self, offset: int, nbytes: int, token: int, *, unmap: bool = True) -> bool:
+        """Begin to write zeroes, at most `limits.max_write_zeroes` bytes; false: not now."""
+        template = self._disk.write_zeroes_unmap if unmap else self._disk.write_zeroes
+        if template is None:
+            raise RequestError(f"{self.bdev.name} does not support write zeroes: write them")
+        if not self._examine(template, offset, nbytes, self._disk.limits.max_write_zeroes, None, 0):
+            return False
+        data = self._controller.zeros(self._disk.block_size) if template.data_bytes else 0
+        return self._queue(template, offset, nbytes, data, token, None)
+
+    def fileno(self) -> int:
+        """A descriptor to sleep on until something is back, after `arm` has said that it is safe.
+
+        All channels of a thread on one controller share it.
+        """
+        return self._lease.completion_fd
+
+    def cancel(self, token: int) -> bool:
+        """Give up waiting for a request, which may still take effect; false if it is not in flight.
+
+        Its buffer stays busy until the device has returned it, and what it writes gets no other write
+        before that.
+        """
+        self._turn()
+        if not self.queue.forsake(self.owner, token):
+            return False
+        self.budget.in_flight -= 1
+        return True
+
+    def _turn(self) -> None:
+        while self.queue.taken:
+            with self._lease:
+                pass
+
+    def _alive(self) -> None:
+        self._check_open()
+        if self.queue.broken or self.queue.stopped:
+            self._lease.collect()  # which says what is wrong
+
+    def _examine(
+        self, template: Template, offset: int, nbytes: int, most: int, buffer: Buffer | None, at: int
+    ) -> bool:
+        self._check(offset, nbytes, write=template.changes)
+        if buffer is not None:
+            buffer.check()
+            if buffer.pool is not self._pool:
+                raise RequestError("the buffer is not one of this controller's")
+            if at < 0 or at + nbytes > buffer.nbytes:
+                raise RequestError(f"{nbytes} bytes at {at} of a buffer of {buffer.nbytes}")
+        if not 0 < nbytes <= most:
+            raise RequestError(f"{nbytes} bytes in one request, want 1 to {most}")
+        self._turn()
+        if template.changes and self.queue.orphan_changes:
+            self.queue.look()
+            self.queue.sweep()
+            return not self.queue.overlaps_orphan(offset, nbytes)
+        return True
+
+    def _judge(self, slot: int, finished: Finished) -> bool:
+        offset, transfer = self.queue.place(slot)
+        error = self._disk.explain(finished, offset, transfer)
+        tries = self._tries.pop(slot, 0)
+        if error is not None and error.transient and tries < _TRIES:
+            self._tries[slot] = tries + 1
+            self._later.append((time.monotonic() + _PAUSE_S * tries, slot))
+            return False
+        self._error = error
+        return True
+
+    def _send_again(self) -> None:
+        now = time.monotonic()
+        for later in [later for later in self._later if later[0] <= now]:
+            self._later.remove(later)
+            self.queue.again(later[1])
+        self.queue.kick()
+
+    def _drain(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._lease.completion_fd)
 
     def apply(self, load: Load, depth: int, *, write: bool) -> None:
         """Put a load on the disk, `depth` requests in flight, until it ends; for `bench`.
@@ -257,6 +381,11 @@ class Channel:
             if self._scratch is not None:
                 self._scratch.close()
                 self._scratch = None
+            if self.budget.in_flight:
+                with contextlib.suppress(VirtioError), self._lease.borrow(deadline_in(_CLOSE_S)):
+                    for _, slot in self._later:
+                        self.queue.again(slot)  # an orphan like the others
+                    self.budget.in_flight -= self.queue.abandon(self.owner)
             self._controller.return_lease(self._lease)
 
     # How they are done.
@@ -320,7 +449,7 @@ class Channel:
                 mode=IN_PLACE,
                 base=place,
                 user=view,
-                depth=limits.depth,
+                depth=self._depth,
                 buffers=held,
             )
         else:
@@ -335,7 +464,7 @@ class Channel:
                 base=scratch.offset,
                 user=view,
                 cells=scratch.nbytes // part,
-                depth=limits.depth,
+                depth=self._depth,
                 buffers=[scratch],
             )
         return self._run(task, raising=raising)
@@ -373,8 +502,7 @@ class Channel:
     def _command(self, template: Template, offset: int, nbytes: int, part: int) -> None:
         """A request without data; nothing at all for a range of 0 bytes."""
         if nbytes:
-            depth = self._disk.limits.depth
-            self._run(Task(template, _one(offset), nbytes, min(part, nbytes), depth=depth))
+            self._run(Task(template, _one(offset), nbytes, min(part, nbytes), depth=self._depth))
 
     def _run(self, task: Task, *, raising: bool = True) -> Batch:
         deadline = deadline_in(self.timeout)
@@ -396,6 +524,11 @@ class Channel:
         if self.closed:
             raise ClosedError(f"this channel of {self.bdev.name} was closed")
         self.bdev.check_online()
+
+    @property
+    def _depth(self) -> int:
+        """Requests that may be in flight beside those that were submitted one by one."""
+        return int(max(1, self._disk.limits.depth - self.budget.in_flight))
 
     @property
     def _disk(self) -> Disk:

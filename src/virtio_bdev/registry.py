@@ -72,6 +72,7 @@ class Controller(Mapping[str, Bdev]):
         self._lock = threading.Lock()
         self._leases: dict[int, tuple[Lease, int]] = {}  # by thread: lease and its channels
         self._free = list(reversed(device.leases))
+        self._zeros: dict[int, Buffer] = {}
         self._closed = True  # until it holds something
         self._streams: weakref.WeakSet[Events] = weakref.WeakSet()
         self._bdevs: dict[str, Bdev] = {}
@@ -176,6 +177,14 @@ class Controller(Mapping[str, Bdev]):
         TransportError(ENOMEM) when the pool has no such piece left.
         """
         return self.device.pool.take(nbytes)
+
+    def zeros(self, nbytes: int) -> int:
+        """Where in the pool so many zeros are, for as long as the controller lives."""
+        with self._lock:
+            if nbytes not in self._zeros:
+                self._zeros[nbytes] = self.device.pool.take(nbytes)
+                self._zeros[nbytes].view()[:] = bytes(nbytes)
+            return int(self._zeros[nbytes].offset)
 
     def take_lease(self) -> Lease:
         """This thread's queue lease, for one more channel; for `Channel` to call."""

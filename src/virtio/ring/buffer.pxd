@@ -8,7 +8,8 @@ from virtio.ring._mem cimport Mem, Py_buffer, address, expose, null, window
 @cython.final
 cdef class Buffer:
     cdef readonly size_t offset, nbytes
-    cdef readonly Py_ssize_t exports, busy
+    cdef readonly Py_ssize_t exports
+    cdef public Py_ssize_t busy
     cdef readonly bint closed
     cdef readonly object pool
     cdef object _view, __weakref__

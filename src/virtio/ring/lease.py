@@ -187,8 +187,8 @@ class Lease:
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         late = kind is not None and issubclass(kind, RequestTimeout) and self.queue.orphans > 0
-        self._inside = self.queue.taken = False
-        self._lock.release()
+        self._inside = False
+        self._leave()
         if late and self.late is not None:
             self.late(self)
 
@@ -205,8 +205,14 @@ class Lease:
             self.queue.taken = True
             yield
         finally:
-            self.queue.taken = False
-            self._lock.release()
+            self._leave()
+
+    def _leave(self) -> None:
+        self.queue.taken = False
+        if self.queue.awaited:  # by somebody whose wake-up we may have taken
+            with contextlib.suppress(BlockingIOError, OSError):
+                os.eventfd_write(self.completion_fd, 1)
+        self._lock.release()
 
     def retire(self) -> None:
         """Wait until no call is inside, and let none in any more; the life must have ended."""

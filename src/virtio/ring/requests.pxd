@@ -79,7 +79,7 @@ cdef class RequestQueue:
     cdef readonly uint32_t slots, segments, orphans, orphan_changes
     cdef readonly uint64_t segment_bytes
     cdef readonly bint indirect
-    cdef public bint broken, taken
+    cdef public bint broken, taken, awaited
     cdef list _kept
     cdef object _buffer, _layout, _region_view, _table_array
     cdef object _records_owner, _free_array, _faults_array, _ended_array, _stop_owner
@@ -147,5 +147,8 @@ cdef class RequestQueue:
     cdef void _complete(self, Task task, size_t record) noexcept nogil
     cdef void _give_cell(self, Task task, uint64_t data) noexcept nogil
     cdef void _release(self, uint32_t slot) noexcept nogil
-    @cython.locals(slot=uint32_t, record=size_t, begin=size_t)
+    cdef void _poison(self, size_t base) noexcept nogil
     cdef object _take(self, uint32_t slot)
+    @cython.locals(record=size_t, begin=size_t)
+    cpdef object _report(self, uint32_t slot)
+    cpdef void again(self, uint32_t slot) noexcept

@@ -338,7 +338,8 @@ class RequestQueue:
     Owns nothing but its private state: memory, doorbell and descriptors are its maker's.
 
     A request whose caller does not wait any more is an *orphan*: `orphans` counts them, and
-    `orphan_changes` those that may yet change the disk. `taken` says that somebody is inside a call.
+    `orphan_changes` those that may yet change the disk. `taken` says that somebody is inside a call,
+    and `awaited` that somebody sleeps on the completion descriptor between calls.
     """
 
     def __init__(
@@ -364,7 +365,7 @@ class RequestQueue:
         self.indirect = indirect
         self.orphans = self.orphan_changes = 0
         self.broken = False
-        self.taken = False
+        self.taken = self.awaited = False
         self._doorbell = Doorbell()
         self._layout = layout
         self._region_view = region
@@ -793,10 +794,7 @@ class RequestQueue:
                 load_u16(template._patch, patch + 4),
                 load_u16(template._patch, patch + 6) != 0,
             )
-        if self._result_wide:
-            store_u64(self._region, base + self._result_at, 0xFFFFFFFFFFFFFFFF)
-        else:
-            store_u8(self._region, base + self._result_at, 0xFF)
+        self._poison(base)
         store_u32(self._records, record + _STATE, state)
         store_u32(self._records, record + _OWNER, 0)
         store_u32(self._records, record + _CHANGES, template.changes)
@@ -807,6 +805,13 @@ class RequestQueue:
         store_u64(self._records, record + _TOKEN, token)
         self.ring.offer(slot if self.indirect else slot * self._chain)
         return slot
+
+    def _poison(self, base: int) -> None:
+        """Make the result of a slot one that no success can be."""
+        if self._result_wide:
+            store_u64(self._region, base + self._result_at, 0xFFFFFFFFFFFFFFFF)
+        else:
+            store_u8(self._region, base + self._result_at, 0xFF)
 
     def _lay_out(self, slot: int, base: int, template: Template, data: int, nbytes: int) -> int:
         """Write a slot's header and descriptors; -1 if the data has too many segments."""
@@ -952,13 +957,39 @@ class RequestQueue:
         self._free_count += 1
 
     def _take(self, slot: int) -> Finished:
+        finished = self._report(slot)
+        self._release(slot)
+        return finished
+
+    def _report(self, slot: int) -> Finished:
         record = _RECORD * slot
         begin = self._slots_at + self._stride * slot + self._response_at
         response = bytes(self._region_view[begin : begin + self._response_bytes])
-        finished = Finished(
+        return Finished(
             load_u64(self._records, record + _TOKEN),
             load_u64(self._records, record + _RESULT),
             response,
         )
-        self._release(slot)
-        return finished
+
+    def again(self, slot: int) -> None:
+        """Offer a request that came back once more, unseen by the device until `kick`."""
+        base = self._slots_at + self._stride * slot
+        self._poison(base)
+        store_u32(self._records, _RECORD * slot + _STATE, _SINGLE)
+        self.ring.offer(slot if self.indirect else slot * self._chain)
+
+    def place(self, slot: int) -> tuple[int, bool]:
+        """Of a single request that came back: the byte on the disk where it began, and whether it
+        was a transfer."""
+        record = _RECORD * slot
+        return load_u64(self._records, record + _OFF), self._kept[slot] is not None
+
+    def owners(self) -> list[int]:
+        """Whose requests were found to be back."""
+        found = []
+        for step in range(self._ended_count):
+            slot = load_u16(self._ended, 2 * ((self._ended_first + step) % self.slots))
+            owner = load_u32(self._records, _RECORD * slot + _OWNER)
+            if owner not in found:
+                found.append(owner)
+        return found

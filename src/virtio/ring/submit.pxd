@@ -1,0 +1,42 @@
+"""C types for submit.py; all code is there."""
+
+cimport cython
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from virtio.ring._mem cimport load_acquire_u32, load_u32, load_u64
+from virtio.ring.buffer cimport Buffer
+from virtio.ring.requests cimport RequestQueue, Template
+
+cdef size_t _RECORD, _TOKEN, _RESULT, _OWNER
+cdef uint32_t _NOBODY
+
+
+@cython.final
+cdef class Geometry:
+    cdef public int64_t size, block_size, max_transfer
+    cdef public bint read_only, online
+
+
+@cython.final
+cdef class Budget:
+    cdef public int64_t depth, in_flight
+    cdef object __weakref__
+
+
+cdef class Submitter:
+    cdef readonly RequestQueue queue
+    cdef readonly uint32_t owner
+    cdef readonly Geometry geometry
+    cdef readonly Budget budget
+    cdef public object _pool, _done, _later, _error
+
+    @cython.locals(geometry=Geometry)
+    cpdef bint submit(self, Template template, int64_t offset, Buffer buffer, int64_t at, int64_t nbytes,
+                      uint64_t token) except -1
+    @cython.locals(sent=bint)
+    cpdef bint _queue(self, Template template, int64_t offset, int64_t nbytes, int64_t data, uint64_t token,
+                      Buffer buffer) except -1
+    @cython.locals(queue=RequestQueue, completions=list, slot=uint32_t, whose=uint32_t, token=uint64_t)
+    cpdef list poll(self, int64_t limit=*)
+    @cython.locals(queue=RequestQueue)
+    cpdef bint arm(self) except -1

@@ -1,0 +1,203 @@
+"""Requests one by one from Python: one compiled call submits one, one hands out many that came back."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+import cython
+
+from virtio.errors import RequestError
+
+if not cython.compiled:
+    from virtio.ring._mem import load_acquire_u32, load_u32, load_u64
+    from virtio.ring.buffer import Buffer
+    from virtio.ring.requests import RequestQueue, Template
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    from virtio.errors import DeviceError
+    from virtio.ring.requests import Finished
+
+    # The token of a request that is back, and its error, or None if all went well.
+    Completion: TypeAlias = tuple[int, DeviceError | None]
+
+_RECORD = 64  # a slot's private record, as in `requests`
+_TOKEN, _RESULT, _OWNER = 32, 40, 56
+_NOBODY = 0xFFFFFFFF
+
+
+class Geometry:
+    """What one disk takes: shared by all that submit to it, changed when the disk changes.
+
+    Sizes in bytes. `online` is false once the disk has gone.
+    """
+
+    def __init__(self) -> None:
+        self.size = self.block_size = self.max_transfer = 0
+        self.read_only = self.online = False
+
+
+class Budget:
+    """How many single requests of one disk are in one queue, and how many there may be."""
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+        self.in_flight = 0
+
+
+class Submitter:
+    """One owner's single requests to one disk, on a queue that its thread has.
+
+    Everything that is not the usual case is the subclass's: `_turn` waits for the queue, `_examine`
+    raises what is wrong with a request or says whether it has to wait, `_judge` explains a bad result.
+    """
+
+    def __init__(self, queue: RequestQueue, owner: int, geometry: Geometry, budget: Budget) -> None:
+        self.queue = queue
+        self.owner = owner
+        self.geometry = geometry
+        self.budget = budget
+        self._pool: object = None
+        self._done: deque[Completion] = deque()  # without having been with the device
+        self._later: list[tuple[float, int]] = []  # requests to send again: when, and which slots
+        self._error: DeviceError | None = None  # of the request that was judged last
+
+    # What the subclass adds.
+
+    def _turn(self) -> None:
+        """Wait until nobody else is inside a call on the queue."""
+        raise NotImplementedError
+
+    def _alive(self) -> None:
+        """Raise what has ended the device, or the disk."""
+        raise NotImplementedError
+
+    def _examine(
+        self, template: Template, offset: int, nbytes: int, most: int, buffer: Buffer | None, at: int
+    ) -> bool:
+        """Raise what is wrong with a request; else whether it may be sent now."""
+        raise NotImplementedError
+
+    def _judge(self, slot: int, finished: Finished) -> bool:
+        """Explain a bad result, or send the request again; whether it is back, with `_error`."""
+        raise NotImplementedError
+
+    def _send_again(self) -> None:
+        """Send those requests again whose pause is over."""
+        raise NotImplementedError
+
+    # The compiled calls.
+
+    def submit(
+        self, template: Template, offset: int, buffer: Buffer, at: int, nbytes: int, token: int
+    ) -> bool:
+        """Queue a transfer between the disk at `offset` and the buffer at `at`."""
+        geometry = self.geometry
+        if nbytes < 0:
+            nbytes = buffer.nbytes - at
+        if (
+            not geometry.online
+            or self.queue.taken
+            or buffer.closed
+            or buffer.pool is not self._pool
+            or at < 0
+            or at + nbytes > buffer.nbytes
+            or nbytes <= 0
+            or nbytes > geometry.max_transfer
+            or offset < 0
+            or offset + nbytes > geometry.size
+            or (offset | nbytes) & (geometry.block_size - 1)
+            or (template.changes and (geometry.read_only or self.queue.orphan_changes != 0))
+        ) and not self._examine(template, offset, nbytes, geometry.max_transfer, buffer, at):
+            return False
+        return self._queue(template, offset, nbytes, buffer.offset + at, token, buffer)
+
+    def _queue(
+        self, template: Template, offset: int, nbytes: int, data: int, token: int, buffer: Buffer | None
+    ) -> bool:
+        if self.budget.in_flight >= self.budget.depth:
+            return False
+        if buffer is not None:
+            buffer.busy += 1
+        try:
+            sent = self.queue.submit(template, offset, nbytes, data, token, self.owner, buffer)
+        except RequestError:
+            if buffer is not None:
+                buffer.busy -= 1
+            raise
+        if sent:
+            self.budget.in_flight += 1
+        elif buffer is not None:
+            buffer.busy -= 1
+        return sent
+
+    def kick(self) -> None:
+        """Show the device what was submitted; `poll` and `arm` do so too."""
+        if self.queue.taken:
+            self._turn()
+        self.queue.kick()
+
+    def poll(self, limit: int = 64) -> list[Completion]:
+        """Show the device what was submitted, and hand out at most `limit` requests that are back.
+
+        Oldest first, each with its token and its error or None. Never blocks.
+        """
+        queue = self.queue
+        if queue.taken:
+            self._turn()
+        if queue.awaited:
+            queue.awaited = False
+            queue.disarm()
+        queue.kick()
+        queue.look()
+        if queue.broken or load_acquire_u32(queue._stop, 0) or not self.geometry.online:
+            self._alive()
+        if self._later:
+            self._send_again()
+        completions: list[Completion] = []
+        while self._done and len(completions) < limit:
+            completions.append(self._done.popleft())
+        for _ in range(queue._ended_count):
+            if len(completions) >= limit:
+                break
+            slot = queue._next_ended()
+            whose = load_u32(queue._records, _RECORD * slot + _OWNER)
+            if whose == self.owner:
+                token = load_u64(queue._records, _RECORD * slot + _TOKEN)
+                if load_u64(queue._records, _RECORD * slot + _RESULT) == 0:
+                    queue._release(slot)
+                    queue._let_go(slot)
+                    self.budget.in_flight -= 1
+                    completions.append((token, None))
+                elif self._judge(slot, queue._report(slot)):
+                    queue._release(slot)
+                    queue._let_go(slot)
+                    self.budget.in_flight -= 1
+                    completions.append((token, self._error))
+                    self._error = None
+            elif whose == _NOBODY:
+                queue._lose_orphan(slot)
+            else:
+                queue._put_ended(slot)
+        return completions
+
+    def arm(self) -> bool:
+        """Show the device what was submitted, and have it signal the completion descriptor.
+
+        True: nothing is back yet, and it is safe to sleep on the descriptor. False: `poll` first.
+        """
+        queue = self.queue
+        if queue.taken:
+            self._turn()
+        queue.kick()
+        self._drain()
+        if self._done or self._later or queue._ended_count or not queue.arm():
+            return False
+        queue.awaited = True
+        return True
+
+    def _drain(self) -> None:
+        """Take what signals there are on the completion descriptor."""
+        raise NotImplementedError
