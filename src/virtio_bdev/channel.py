@@ -32,6 +32,8 @@ from virtio.ring.requests import (
 from virtio.ring.submit import Submitter
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from typing_extensions import Buffer as BufferProtocol
 
     from virtio.device.disk import Disk
@@ -119,18 +121,30 @@ class Channel(Submitter):
 
     def readinto(self, offset: int, into: BufferProtocol | Buffer) -> None:
         """Fill a writable buffer with the bytes of the disk from `offset` on."""
-        view = _bytes_of(into, writable=True)
+        view = flat(into, writable=True)
         self._check(offset, view.nbytes)
         self._transfer(self._disk.read, _one(offset), view.nbytes, into, view)
 
     def write(self, offset: int, data: BufferProtocol | Buffer, *, fua: bool = False) -> None:
         """Write bytes at `offset`; with `fua` they are durable when the call returns."""
-        view = _bytes_of(data)
+        view = flat(data)
         self._check(offset, view.nbytes, write=True)
         template = self._disk.write_fua if fua else None
         self._transfer(template or self._disk.write, _one(offset), view.nbytes, data, view)
         if fua and template is None:
             self.flush()
+
+    def readv(self, offset: int, into: Sequence[BufferProtocol]) -> None:
+        """Fill several writable buffers, one after another; together they are on the grid."""
+        views = [flat(one, writable=True) for one in into]
+        data = memoryview(self.read(offset, sum(view.nbytes for view in views)))
+        for view in views:
+            view[:] = data[: view.nbytes]
+            data = data[view.nbytes :]
+
+    def writev(self, offset: int, data: Sequence[BufferProtocol], *, fua: bool = False) -> None:
+        """Write several buffers, one after another; together they are on the grid."""
+        self.write(offset, b"".join(flat(one) for one in data), fua=fua)
 
     def unmap(self, offset: int, nbytes: int) -> None:
         """Tell the disk that these bytes are not needed any more; they may read anything after."""
@@ -138,13 +152,9 @@ class Channel(Submitter):
         if self._disk.unmap is None:
             raise RequestError(f"{self.bdev.name} does not support unmap")
         limits = self._disk.limits
-        granule = limits.unmap_alignment
-        if granule and nbytes > limits.max_unmap and (odd := (offset - limits.unmap_start) % granule):
-            # Up to the next granule first, so that the parts that follow cut none in two.
-            head = min(granule - odd, limits.max_unmap)
-            self._command(self._disk.unmap, offset, head, head)
-            offset, nbytes = offset + head, nbytes - head
-        self._command(self._disk.unmap, offset, nbytes, limits.max_unmap)
+        head = limits.unmap_head(offset, nbytes)
+        self._command(self._disk.unmap, offset, head, head)
+        self._command(self._disk.unmap, offset + head, nbytes - head, limits.max_unmap)
 
     def write_zeroes(self, offset: int, nbytes: int, *, unmap: bool = True) -> None:
         """Make these bytes zero; with `unmap` the disk may give the space back, if it can."""
@@ -406,7 +416,7 @@ class Channel(Submitter):
                 f"offsets of format {where.format!r}, {where.itemsize} bytes, in {where.ndim} dimensions: "
                 'want contiguous 64-bit integers, such as array("Q")'
             )
-        view = _bytes_of(user, writable=not write)
+        view = flat(user, writable=not write)
         self._check(0, nbytes, write=write)
         if nbytes == 0 and len(where):
             raise RequestError("items of 0 bytes")
@@ -557,8 +567,8 @@ def _one(offset: int) -> memoryview:
     return memoryview(array("Q", [offset]))
 
 
-def _bytes_of(data: BufferProtocol | Buffer, *, writable: bool = False) -> memoryview:
-    """A flat view of a user's memory."""
+def flat(data: BufferProtocol | Buffer, *, writable: bool = False) -> memoryview:
+    """A flat view of a user's memory, bytes."""
     view = data.view() if isinstance(data, Buffer) else memoryview(data)
     if not view.c_contiguous:
         raise RequestError("the buffer is not contiguous")

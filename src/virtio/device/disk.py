@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from virtio.errors import DeviceError
     from virtio.ring.requests import Finished, Template
@@ -25,6 +25,21 @@ class Limits(NamedTuple):
     unmap_start: int = 0
     max_write_zeroes: int = 0
     depth: int = 1 << 16
+
+    def unmap_head(self, offset: int, nbytes: int) -> int:
+        """How much of a long unmap comes first, so that the parts that follow cut no granule in two."""
+        granule = self.unmap_alignment
+        odd = (offset - self.unmap_start) % granule if granule and nbytes > self.max_unmap else 0
+        return min(granule - odd, self.max_unmap) if odd else 0
+
+    def unmap_parts(self, offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
+        """Offset and length of each request of a long unmap."""
+        end = offset + nbytes
+        size = self.unmap_head(offset, nbytes) or self.max_unmap
+        while offset < end:
+            size = min(size, end - offset)
+            yield offset, size
+            offset, size = offset + size, self.max_unmap
 
 
 @dataclass(frozen=True, slots=True)

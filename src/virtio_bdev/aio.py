@@ -1,0 +1,611 @@
+"""The same block devices for asyncio: the same names, awaited.
+
+    async with await aio.attach("user:/run/vhost.0", dev_type="blk") as controller:
+        async with controller["VirtioBlk0"].open() as channel:
+            data = await channel.read(0, 4096)
+
+A channel belongs to the event loop, and so to the thread, that opened it. Any number of calls may be
+under way on it: those for which the queue has no room wait in order. A call that is cancelled, or whose
+time is up, ends at once; its request keeps its memory until the device has returned it, may still take
+effect, and what it writes gets no other write before that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import functools
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from virtio.errors import (
+    ClosedError,
+    DeviceError,
+    QueueFullError,
+    RequestError,
+    RequestTimeout,
+    TransportError,
+    VirtioError,
+)
+from virtio.ring.buffer import Buffer
+from virtio_bdev import registry
+from virtio_bdev.channel import flat
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer as BufferProtocol
+
+    from virtio.device.disk import Limits
+    from virtio.ring.lease import Lease
+    from virtio_bdev import bdev as blocking
+    from virtio_bdev.channel import Channel as BlockingChannel
+    from virtio_bdev.events import Event
+
+T = TypeVar("T")
+
+MAX_WAITING = 1 << 16  # calls on one channel that wait for room in the queue
+_POLL_AT_ONCE = 256  # completions between two looks at everything else in the loop
+_CACHED = 256  # bounce buffers that a channel keeps
+_ZERO_BYTES = 256 << 10  # of zeros, where the device cannot write zeroes itself
+
+
+async def attach(address: str, **options: Any) -> Controller:
+    """As `virtio_bdev.attach`, without blocking the loop; any number of them at the same time.
+
+    A cancelled one is detached as soon as it is there.
+    """
+    future = _in_thread(functools.partial(registry.attach, address, **options))
+    try:
+        return Controller(await asyncio.shield(future))
+    except asyncio.CancelledError:
+        future.add_done_callback(_discard)
+        raise
+
+
+def _discard(future: asyncio.Future[registry.Controller]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        threading.Thread(target=future.result().close, name="virtio-detach").start()
+
+
+def _in_thread(function: Callable[[], T]) -> asyncio.Future[T]:
+    """Run it in a thread of its own: an executor has few, and these wait for different devices."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def finish(result: T | None, error: BaseException | None) -> None:
+        if future.cancelled():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = function()
+        except BaseException as failure:
+            error = failure
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            loop.call_soon_threadsafe(finish, result, error)
+
+    threading.Thread(target=run, name="virtio-aio", daemon=True).start()
+    return future
+
+
+class Controller(Mapping[str, "Bdev"]):
+    """An attached device: its disks by name; an asynchronous context manager."""
+
+    def __init__(self, inner: registry.Controller) -> None:
+        self.blocking = inner
+        self.name, self.address = inner.name, inner.address
+        self._reactors: dict[tuple[int, Lease], _Reactor] = {}
+
+    def buffer(self, nbytes: int) -> Buffer:
+        """DMA memory that any channel of this controller moves data to and from without a copy."""
+        return self.blocking.buffer(nbytes)
+
+    async def events(self) -> AsyncIterator[Event]:
+        """What happens to the disks from now on; ends with the controller."""
+        stream = self.blocking.events()
+        while (event := await _in_thread(stream.wait)) is not None:
+            yield event
+
+    async def rescan(self) -> None:
+        """Look for disks that came or went without an event."""
+        await _in_thread(self.blocking.rescan)
+
+    async def close(self) -> None:
+        """Detach: calls under way raise ClosedError, the device is stopped; idempotent."""
+        for reactor in list(self._reactors.values()):
+            reactor.close()
+        await asyncio.shield(_in_thread(self.blocking.close))
+
+    def reactor(self, lease: Lease) -> _Reactor:
+        """What drives this lease in the running loop; for `Channel`."""
+        key = id(asyncio.get_running_loop()), lease
+        reactor = self._reactors.get(key)
+        if reactor is None or reactor.closed:
+            reactor = self._reactors[key] = _Reactor(lease)
+        return reactor
+
+    def __getitem__(self, name: str) -> Bdev:
+        return Bdev(self, self.blocking[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.blocking)
+
+    def __len__(self) -> int:
+        return len(self.blocking)
+
+    def __bool__(self) -> bool:
+        return True
+
+    async def __aenter__(self) -> Controller:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return repr(self.blocking).replace("<", "<aio ", 1)
+
+
+class Bdev:
+    """A named block device; what it is, is as in `virtio_bdev.Bdev`."""
+
+    def __init__(self, controller: Controller, inner: blocking.Bdev) -> None:
+        self.controller, self.blocking = controller, inner
+        self.name, self.uuid = inner.name, inner.uuid
+
+    @property
+    def size(self) -> int:
+        return self.blocking.size
+
+    @property
+    def block_size(self) -> int:
+        return self.blocking.block_size
+
+    @property
+    def read_only(self) -> bool:
+        return self.blocking.read_only
+
+    @property
+    def limits(self) -> Limits:
+        return self.blocking.limits
+
+    @property
+    def state(self) -> str:
+        return self.blocking.state
+
+    def open(self, *, timeout: float | None = 30.0, max_waiting: int = MAX_WAITING) -> Channel:
+        """A channel of the running loop; use it in `async with`.
+
+        `timeout` bounds each call, in seconds; of more than `max_waiting` calls for which the queue has
+        no room, one raises QueueFullError.
+        """
+        return Channel(self, timeout=timeout, max_waiting=max_waiting)
+
+    async def reset(self) -> None:
+        """As `virtio_bdev.Bdev.reset`."""
+        await _in_thread(self.blocking.reset)
+
+    def __repr__(self) -> str:
+        return repr(self.blocking).replace("<", "<aio ", 1)
+
+
+class _Call:
+    """One request on its way: how to begin it, and who waits."""
+
+    __slots__ = ("begin", "due", "future", "token")
+
+    def __init__(
+        self, begin: Callable[[int], bool], token: int, due: float, future: asyncio.Future[None]
+    ) -> None:
+        self.begin, self.token, self.due, self.future = begin, token, due, future
+
+
+class _Reactor:
+    """Sleeps for one queue in one loop, and lets its channels know; begins what waits in turns."""
+
+    def __init__(self, lease: Lease) -> None:
+        self.lease = lease
+        self.loop = asyncio.get_running_loop()
+        self.closed = False
+        self._channels: dict[int, Channel] = {}  # by owner
+        self._due = False
+        self.loop.add_reader(lease.completion_fd, self._turn)
+        self._life_fd = lease.life.fd
+        if self._life_fd >= 0:
+            self.loop.add_reader(self._life_fd, self._lost)
+
+    def join(self, channel: Channel) -> None:
+        self._channels[channel.inner.owner] = channel
+
+    def leave(self, channel: Channel) -> None:
+        self._channels.pop(channel.inner.owner, None)
+        if not self._channels:
+            self._stop()
+
+    def _stop(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self.loop.remove_reader(self.lease.completion_fd)
+            if self._life_fd >= 0:
+                self.loop.remove_reader(self._life_fd)
+
+    def close(self) -> None:
+        """End all of its channels."""
+        for channel in list(self._channels.values()):
+            channel.end(ClosedError(f"the controller of {channel.bdev.name} was closed"))
+            channel.release()
+
+    def soon(self) -> None:
+        """Something was submitted, or waits: see to it once all that is ready now has run."""
+        if not self._due and not self.closed:
+            self._due = True
+            self.loop.call_soon(self._turn)
+
+    def _turn(self) -> None:
+        self._due = False
+        if self.closed:
+            return
+        channels = list(self._channels.values())
+        try:
+            moved = channels[0].collect()
+            for owner in channels[0].inner.queue.owners():
+                if owner in self._channels:
+                    moved |= self._channels[owner].collect()
+            moved |= self._feed(channels)
+            if moved or not channels[0].inner.arm():
+                self.soon()
+        except VirtioError as error:
+            if not self.lease.life.error:
+                self._fail(error)
+
+    def _feed(self, channels: list[Channel]) -> bool:
+        """Begin what waits, one call of each channel at a time; whether there was any."""
+        begun = False
+        waiting = [channel for channel in channels if channel.waiting]
+        while waiting:
+            waiting = [channel for channel in waiting if channel.begin_next()]
+            begun |= bool(waiting)
+        return begun
+
+    def _lost(self) -> None:
+        error = self.lease.life.error or ClosedError("the device has gone")
+        self._fail(error)
+
+    def _fail(self, error: VirtioError) -> None:
+        for channel in list(self._channels.values()):
+            channel.end(type(error)(*error.args))
+        self._stop()
+
+
+class Channel:
+    """Reads and writes of one disk by one event loop, as many calls under way as there are tasks.
+
+    Offsets and lengths are in bytes, multiples of the disk's block size. Buffers of `Controller.buffer`
+    are used in place, others are copied. Errors are as those of `virtio_bdev.Channel`.
+    """
+
+    def __init__(self, bdev: Bdev, *, timeout: float | None, max_waiting: int) -> None:
+        self.bdev = bdev
+        self.timeout = timeout
+        self.max_waiting = max_waiting
+        self.waiting: deque[_Call] = deque()
+        self.inner: BlockingChannel = bdev.blocking.open()
+        self._loop = asyncio.get_running_loop()
+        self._reactor = bdev.controller.reactor(self.inner._lease)
+        self._reactor.join(self)
+        self._calls: dict[int, _Call] = {}  # with the device, in the order in which they began
+        self._tokens = itertools.count()
+        self._rooms: dict[int, list[Buffer]] = {}  # bounce buffers by size
+        self._timer: asyncio.TimerHandle | None = None
+        self._error: VirtioError | None = None
+
+    # Calls.
+
+    async def read(self, offset: int, nbytes: int) -> bytes:
+        """The bytes of the disk from `offset` on."""
+        self._check(offset, nbytes)
+        if nbytes > self.bdev.limits.max_transfer:
+            into = bytearray(nbytes)
+            await self.readinto(offset, into)
+            return bytes(into)
+        return await self._read_part(offset, nbytes, None) if nbytes else b""
+
+    async def readinto(self, offset: int, into: BufferProtocol | Buffer) -> None:
+        """Fill a writable buffer with the bytes of the disk from `offset` on."""
+        view = flat(into, writable=True)
+        self._check(offset, view.nbytes)
+        if isinstance(into, Buffer):
+            submit = self.inner.submit_read
+            await self._parts(
+                view.nbytes,
+                lambda at, size: self._call(
+                    lambda token: submit(offset + at, into, token, at=at, nbytes=size)
+                ),
+            )
+        else:
+            await self._parts(
+                view.nbytes,
+                lambda at, size: self._read_part(offset + at, size, view[at : at + size]),
+            )
+
+    async def write(self, offset: int, data: BufferProtocol | Buffer, *, fua: bool = False) -> None:
+        """Write bytes at `offset`; with `fua` they are durable when the call returns."""
+        view = flat(data)
+        self._check(offset, view.nbytes, write=True)
+        if isinstance(data, Buffer):
+            submit = self.inner.submit_write
+            await self._parts(
+                view.nbytes,
+                lambda at, size: self._call(
+                    lambda token: submit(offset + at, data, token, at=at, nbytes=size)
+                ),
+            )
+        else:
+            await self._parts(
+                view.nbytes, lambda at, size: self._write_part(offset + at, view[at : at + size])
+            )
+        if fua:
+            await self.flush()
+
+    async def readv(self, offset: int, into: Sequence[BufferProtocol]) -> None:
+        """Fill several buffers, one after another."""
+        views = [flat(one, writable=True) for one in into]
+        data = memoryview(await self.read(offset, sum(view.nbytes for view in views)))
+        for view in views:
+            view[:] = data[: view.nbytes]
+            data = data[view.nbytes :]
+
+    async def writev(self, offset: int, data: Sequence[BufferProtocol], *, fua: bool = False) -> None:
+        """Write several buffers, one after another."""
+        await self.write(offset, b"".join(flat(one) for one in data), fua=fua)
+
+    async def flush(self) -> None:
+        """Make durable what was written and has completed, by whichever channel."""
+        self.inner._check_open()
+        try:
+            await self._call(self.inner.submit_flush)
+        except DeviceError as error:
+            if error.errno != errno.EOPNOTSUPP or self.bdev.blocking.disk.flush_known:
+                error.offset = None
+                raise
+
+    async def unmap(self, offset: int, nbytes: int) -> None:
+        """Tell the disk that these bytes are not needed any more."""
+        self._check(offset, nbytes, write=True)
+        limits = self.bdev.limits
+        if not limits.max_unmap:
+            raise RequestError(f"{self.bdev.name} does not support unmap")
+        submit = self.inner.submit_unmap
+        for at, size in limits.unmap_parts(offset, nbytes):
+            await self._call(functools.partial(submit, at, size))
+
+    async def write_zeroes(self, offset: int, nbytes: int, *, unmap: bool = True) -> None:
+        """Make these bytes zero; with `unmap` the disk may give the space back, if it can."""
+        self._check(offset, nbytes, write=True)
+        most = self.bdev.limits.max_write_zeroes
+        if most:
+            submit = self.inner.submit_write_zeroes
+            try:
+                await self._parts(
+                    nbytes,
+                    lambda at, size: self._call(lambda token: submit(offset + at, size, token, unmap=unmap)),
+                    most,
+                )
+                return
+            except DeviceError as error:
+                if error.errno != errno.EOPNOTSUPP:
+                    raise
+        zeros = bytes(min(nbytes, _ZERO_BYTES, self.bdev.limits.max_transfer))
+        await self._parts(
+            nbytes, lambda at, size: self._write_part(offset + at, memoryview(zeros)[:size]), len(zeros)
+        )
+
+    def release(self) -> None:
+        """Close at once: calls under way raise ClosedError; idempotent."""
+        if self.inner.closed:
+            return
+        self.end(ClosedError(f"this channel of {self.bdev.name} was closed"))
+        if self._timer is not None:
+            self._timer.cancel()
+        self._reactor.leave(self)
+        for rooms in self._rooms.values():
+            for room in rooms:
+                room.close()
+        self.inner.close()
+
+    async def close(self) -> None:
+        """Close; idempotent."""
+        self.release()
+
+    async def __aenter__(self) -> Channel:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.release()
+
+    def __repr__(self) -> str:
+        return f"<aio {repr(self.inner)[1:-1]}, {len(self._calls)} under way, {len(self.waiting)} waiting>"
+
+    # How they are done.
+
+    def _check(self, offset: int, nbytes: int, *, write: bool = False) -> None:
+        self.inner._check(offset, nbytes, write=write)
+
+    async def _parts(self, nbytes: int, do: Callable[[int, int], Any], most: int | None = None) -> None:
+        """`do(at, size)` for each part of so many bytes; at the same time, the first error last."""
+        step = most or self.bdev.limits.max_transfer
+        if nbytes <= step:
+            if nbytes:
+                await do(0, nbytes)
+            return
+        parts = [do(at, min(step, nbytes - at)) for at in range(0, nbytes, step)]
+        results = await asyncio.gather(*parts, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def _read_part(self, offset: int, nbytes: int, into: memoryview | None) -> bytes:
+        room: Buffer | None = None
+
+        def begin(token: int) -> bool:
+            nonlocal room
+            room = self._take(nbytes)
+            if room is None:
+                return False
+            if self.inner.submit_read(offset, room, token, nbytes=nbytes):
+                return True
+            self._give(room)
+            room = None
+            return False
+
+        try:
+            await self._call(begin)
+        except BaseException:
+            if room is not None:
+                room.close()  # to the pool, once the device has returned it
+            raise
+        assert room is not None
+        view = room.view()[:nbytes]
+        result = b""
+        if into is None:
+            result = bytes(view)
+        else:
+            into[:] = view
+        self._give(room)
+        return result
+
+    async def _write_part(self, offset: int, data: memoryview) -> None:
+        room: Buffer | None = None
+
+        def begin(token: int) -> bool:
+            nonlocal room
+            room = self._take(data.nbytes)
+            if room is None:
+                return False
+            room.view()[: data.nbytes] = data
+            if self.inner.submit_write(offset, room, token, nbytes=data.nbytes):
+                return True
+            self._give(room)
+            room = None
+            return False
+
+        try:
+            await self._call(begin)
+        except BaseException:
+            if room is not None:
+                room.close()
+            raise
+        assert room is not None
+        self._give(room)
+
+    def _take(self, nbytes: int) -> Buffer | None:
+        """A bounce buffer; None if there is none now, but will be when a request is back."""
+        size = 1 << (nbytes - 1).bit_length()
+        rooms = self._rooms.get(size)
+        if rooms:
+            return rooms.pop()
+        try:
+            return self.bdev.controller.buffer(size)
+        except TransportError as error:
+            if error.errno == errno.ENOMEM and (self._calls or self.inner.queue.orphans):
+                return None
+            raise
+
+    def _give(self, room: Buffer) -> None:
+        rooms = self._rooms.setdefault(room.nbytes, [])
+        if len(rooms) * room.nbytes < _CACHED << 12 and not self.inner.closed:
+            rooms.append(room)
+        else:
+            room.close()
+
+    async def _call(self, begin: Callable[[int], bool]) -> None:
+        """One request, begun now or in its turn, until it is back."""
+        if self._error is not None:
+            raise type(self._error)(*self._error.args)
+        due = float("inf") if self.timeout is None else time.monotonic() + self.timeout
+        call = _Call(begin, next(self._tokens), due, self._loop.create_future())
+        if not self.waiting and begin(call.token):
+            self._calls[call.token] = call
+        elif len(self.waiting) >= self.max_waiting:
+            raise QueueFullError(f"{len(self.waiting)} calls wait for {self.bdev.name} already")
+        else:
+            self.waiting.append(call)
+        self._reactor.soon()
+        if self._timer is None and self.timeout is not None:
+            self._timer = self._loop.call_later(self.timeout, self._expire)
+        try:
+            await call.future
+        except asyncio.CancelledError:
+            if self._calls.pop(call.token, None) is not None:
+                self.inner.cancel(call.token)
+                self._reactor.soon()
+            raise
+
+    # What the reactor and the timer do.
+
+    def collect(self) -> bool:
+        """Let those go on whose requests are back; whether there were any."""
+        done = self.inner.poll(_POLL_AT_ONCE)
+        for token, error in done:
+            call = self._calls.pop(token, None)
+            if call is not None and not call.future.done():
+                if error is None:
+                    call.future.set_result(None)
+                else:
+                    call.future.set_exception(error)
+        return bool(done)
+
+    def begin_next(self) -> bool:
+        """Begin the call that has waited longest; false if there is none, or no room for it."""
+        while self.waiting and self.waiting[0].future.done():
+            self.waiting.popleft()
+        if not self.waiting:
+            return False
+        call = self.waiting[0]
+        try:
+            if not call.begin(call.token):
+                return False
+            self._calls[call.token] = call
+        except VirtioError as error:
+            call.future.set_exception(error)
+        self.waiting.popleft()
+        return True
+
+    def end(self, error: VirtioError) -> None:
+        """Let all calls raise this, now and from now on."""
+        self._error = self._error or error
+        for call in [*self._calls.values(), *self.waiting]:
+            if not call.future.done():
+                call.future.set_exception(type(error)(*error.args))
+        self._calls.clear()
+        self.waiting.clear()
+
+    def _expire(self) -> None:
+        """Give up the calls whose time is up."""
+        self._timer = None
+        now = time.monotonic()
+        late = [call for call in itertools.chain(self._calls.values(), self.waiting) if call.due <= now]
+        sent = 0
+        for call in late:
+            if call.token in self._calls:
+                del self._calls[call.token]
+                self.inner.cancel(call.token)
+                sent += 1
+            if not call.future.done():
+                words = f"{self.bdev.name} has not answered in {self.timeout} s; it may still take effect"
+                call.future.set_exception(RequestTimeout(words))
+        lease = self.inner._lease
+        if sent and lease.late is not None:
+            lease.late(lease)
+        first = next(itertools.chain(self._calls.values(), self.waiting), None)
+        if first is not None:
+            self._timer = self._loop.call_later(max(0.0, first.due - now), self._expire)
