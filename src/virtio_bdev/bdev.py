@@ -100,6 +100,16 @@ class Bdev:
         """
         return Channel(self, wait=wait, timeout=timeout)
 
+    def reset(self) -> None:
+        """Have the device drop what it is doing for this disk, and do it again: nothing is lost.
+
+        Calls under way wait, and every request completes to its caller once. A logical unit is reset by
+        task management; virtio-blk, and a device that does not know that, as a whole, which lets its
+        other disks wait too. Blocks; any thread may call. TransportError if the device does not come back.
+        """
+        self.check_online()
+        self.controller.device.reset(self.disk.place)
+
     def check(self, offset: int, nbytes: int, *, write: bool = False) -> None:
         """Raise RequestError unless this range could be read, or ReadOnlyError for a write."""
         if write and self.read_only:

@@ -6,15 +6,23 @@ import contextlib
 import enum
 import errno
 import os
+import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from virtio.errors import ClosedError, NoQueueError, ProtocolError, RequestTimeout, TransportError
+from virtio.errors import (
+    ClosedError,
+    NoQueueError,
+    ProtocolError,
+    RequestTimeout,
+    TransportError,
+    VirtioError,
+)
 from virtio.ring import split
 from virtio.ring.buffer import Buffer, address_of
-from virtio.ring.lease import Lease
+from virtio.ring.lease import Lease, deadline_in
 from virtio.ring.region import Pool, Region
 from virtio.ring.requests import Layout, RequestQueue, queue_bytes
 from virtio.transport.base import QueuePort, RingAreas, Transport, negotiate
@@ -78,6 +86,8 @@ class Device(ABC):
         self._leases: list[Lease] = []  # of all request queues, whoever has them
         self._region: Region | None = None
         self._queues: list[RequestQueue] = []
+        self._rings: list[tuple[int, int, Buffer]] = []  # of each: index, size, memory
+        self._restarting = threading.Lock()
         try:
             self.features = negotiate(transport, self.FEATURES, self.WANTED, 0)
             self.queue_size = self._fitting(self.FIXED_QUEUES)
@@ -180,6 +190,8 @@ class Device(ABC):
     def _connect(self, index: int, size: int, memory: Buffer) -> QueuePort:
         """Show the device a ring, which is at the beginning of `memory`."""
         assert self._region is not None
+        if all(index != known for known, _, _ in self._rings):
+            self._rings.append((index, size, memory))
         available, used, _ = split.areas(size)
         at = memory.offset
         return self.transport.setup_queue(
@@ -196,6 +208,43 @@ class Device(ABC):
         if largest == 0:
             raise TransportError(errno.ENODEV, f"{self.transport.address} has no queue {index}")
         return self.queue_size if largest is None else min(self.queue_size, largest)
+
+    # Starting again.
+
+    def restart(self) -> None:
+        """Reset the device, and send it again what it had: each request completes to its caller once.
+
+        Calls under way wait meanwhile; what was orphaned is done with. Blocks; any thread may call. If
+        it fails, the device is lost, and the error says so to everybody.
+        """
+        with self._restarting, contextlib.ExitStack() as paused:
+            self.life.check()
+            deadline = deadline_in(2 * self.transport.timeout)
+            for lease in self._leases:
+                lease.pause(deadline)
+                paused.callback(lease.resume)
+            try:
+                self._begin_again()
+            except VirtioError as error:
+                words = f"{self.transport.address} was reset, and does not come back: {error}"
+                self.life.end(TransportError(getattr(error, "errno", None) or errno.EIO, words))
+                self.life.check()
+
+    def _begin_again(self) -> None:
+        self.transport.stop()
+        if negotiate(self.transport, self.FEATURES, self.WANTED, 0) != self.features:
+            raise ProtocolError(f"{self.transport.address} offers other features after a reset")
+        for queue in self._queues:
+            queue.rewind()
+        for index, size, memory in self._rings:
+            self._connect(index, size, memory)
+        self.transport.start()
+        for queue in self._queues:
+            queue.kick()
+
+    def reset(self, place: str) -> None:
+        """Have the device forget what it is doing for one disk; all of it if need be."""
+        self.restart()
 
     def locate(self, view: memoryview) -> int:
         """Where in the region a view's bytes lie, or -1 if they lie elsewhere."""

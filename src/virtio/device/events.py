@@ -53,8 +53,17 @@ class EventQueue:
         for head in range(min(size, BUFFERS)):
             address = mapping.iova(memory.offset + self._first + head * self._step)
             self._ring.describe(head, address, self._step, split.WRITE, 0)
+        self._fill()
+
+    def _fill(self) -> None:
+        for head in range(min(self._ring.size, BUFFERS)):
             self._offer(head)
         self._ring.publish()
+
+    def rewind(self) -> None:
+        """Begin anew with a device that was reset; while nothing is told."""
+        self._ring.rewind()
+        self._fill()
 
     def _offer(self, head: int) -> None:
         begin = self._first + head * self._step
@@ -84,7 +93,7 @@ class EventQueue:
             self._timer.cancel()
         elif self._fd >= 0:
             control.unwatch(self._fd)
-        self._fd = -1
+        self._timer, self._fd = None, -1
 
     def _completed(self, events: int) -> None:
         with contextlib.suppress(BlockingIOError):

@@ -8,7 +8,7 @@ import logging
 import threading
 from collections.abc import Iterable, Iterator
 
-from virtio.errors import ProtocolError
+from virtio.errors import ProtocolError, RequestTimeout
 from virtio.ring.lease import Lease, deadline_in
 from virtio.wire.blk import BlkFeature
 from virtio.wire.virtio import feature_names
@@ -17,8 +17,10 @@ from virtio.wire.virtio_scsi import (
     SENSE_SIZE,
     Event,
     EventType,
+    ResponseCode,
     ScsiConfig,
     ScsiFeature,
+    TaskFunction,
     decode_lun,
     encode_lun,
 )
@@ -242,10 +244,30 @@ class ScsiDevice(Device):
     def _recover(self, lease: Lease) -> None:
         if not recover(lease, self._control, self.transport.timeout):
             log.error(
-                "%s keeps %d requests, which no reset has brought back; their memory stays with it",
+                "%s keeps %d requests, which no abort and no reset of units and targets has brought back: "
+                "resetting the device",
                 self.transport.address,
                 lease.queue.orphans,
             )
+            self.restart()
+
+    def _begin_again(self) -> None:
+        assert self._events is not None
+        self._events.silence()
+        self._events.rewind()
+        super()._begin_again()
+        self._events.listen(self._event_port, weakly(self._happened))
+
+    def reset(self, place: str) -> None:
+        """Reset the logical unit, or the device where it does not take that."""
+        at = next(at for at, disk in self._disks.items() if disk.place == place)
+        try:
+            code = self.manage(TaskFunction.LOGICAL_UNIT_RESET, *at)
+        except RequestTimeout:
+            code = -1
+        if code not in (ResponseCode.FUNCTION_COMPLETE, ResponseCode.FUNCTION_SUCCEEDED):
+            log.info("%s does not reset %s (%d): resetting all of it", self.transport.address, place, code)
+            self.restart()
 
     def manage(self, function: int, target: int, lun: int, tag: int = 0) -> int:
         """Ask for a task management function (a TaskFunction): the ResponseCode that came.

@@ -29,6 +29,7 @@ from virtio.ring.requests import (
     FROM_DEVICE,
     IDLE,
     LOST,
+    PAUSED,
     TICK,
     UNFIT,
     Finished,
@@ -69,6 +70,7 @@ _REASONS = {
     FAULT: "a bad result",
     BROKEN: "broken",
     LOST: "lost",
+    PAUSED: "paused",
     UNFIT: "does not fit",
 }
 
@@ -165,6 +167,8 @@ class Lease:
         self._told = log.isEnabledFor(logging.DEBUG)  # once: what is not asked for costs nothing
         self.late: Callable[[Lease], None] | None = None
         self._lock = threading.Lock()
+        self._running = threading.Event()  # not while it is paused
+        self._running.set()
         self._inside = False  # a caller, not somebody who has borrowed it
         self._poll = select.poll()
         self._poll.register(completion_fd, select.POLLIN)
@@ -213,6 +217,32 @@ class Lease:
             with contextlib.suppress(BlockingIOError, OSError):
                 os.eventfd_write(self.completion_fd, 1)
         self._lock.release()
+
+    def pause(self, deadline: int | None) -> None:
+        """Have the queue to oneself, even amid a call, which waits for `resume`; RequestTimeout."""
+        self._running.clear()
+        self.queue.pause(True)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_write(self.completion_fd, 1)  # who sleeps wakes up and sees
+        left = -1 if deadline is None else max(0.0, (deadline - time.monotonic_ns()) / 1e9)
+        if not self._lock.acquire(timeout=left):
+            self.queue.pause(False)
+            self._running.set()
+            raise RequestTimeout(f"a call on a queue of {self.life.name} does not pause")
+        self.queue.taken = True
+
+    def resume(self) -> None:
+        """Let go of what `pause` took; calls go on."""
+        self.queue.pause(False)
+        self._running.set()
+        self._leave()
+
+    def _park(self) -> None:
+        """Amid a call: let somebody have the queue who wants it paused."""
+        self._lock.release()
+        self._running.wait()
+        self._lock.acquire()
+        self.queue.taken = True
 
     def retire(self) -> None:
         """Wait until no call is inside, and let none in any more; the life must have ended."""
@@ -290,6 +320,8 @@ class Lease:
                 )
             elif reason in (BROKEN, LOST):
                 self._raise_broken()
+            elif reason == PAUSED:
+                self._park()
             else:
                 if watch is not None:
                     deadline = watch()
@@ -359,6 +391,8 @@ class Lease:
 
     def collect(self) -> list[Finished]:
         """Those of the requests submitted one by one that are back."""
+        if self.queue.paused:
+            self._park()
         finished = self.queue.poll(self.queue.slots)
         if self._told:
             log.debug("queue %d: %d answers are here", self.completion_fd, len(finished))
@@ -372,6 +406,8 @@ class Lease:
         RequestTimeout at the deadline.
         """
         while True:
+            if self.queue.paused:
+                self._park()
             self.queue.look()
             self.queue.sweep()
             if self.queue.broken:

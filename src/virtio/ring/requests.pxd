@@ -29,7 +29,8 @@ from virtio.ring.load cimport Load
 from virtio.ring.split cimport SplitRing
 
 cdef int _NO_DATA, _TO_DEVICE, _FROM_DEVICE, _OFFSET, _NBYTES, _CONSTANT, _BOUNCED, _LOADED
-cdef int _DONE, _TICK, _IDLE, _FAULT, _BROKEN, _LOST, _UNFIT
+cdef int _DONE, _TICK, _IDLE, _FAULT, _BROKEN, _LOST, _UNFIT, _PAUSED
+cdef uint32_t _STOP, _PAUSE
 cdef int _NEXT, _WRITE, _INDIRECT, _NOTHING, _RING_BROKEN, _FULL, _MISFIT
 cdef int32_t _EINPROGRESS
 cdef size_t _RECORD, _STATE, _KEY, _LENGTH, _OFF, _DATA, _TOKEN, _RESULT, _TIME, _OWNER, _CHANGES, _PATCH
@@ -82,16 +83,16 @@ cdef class RequestQueue:
     cdef public bint broken, taken, awaited
     cdef list _kept
     cdef object _buffer, _layout, _region_view, _table_array
-    cdef object _records_owner, _free_array, _faults_array, _ended_array, _stop_owner
+    cdef object _records_owner, _free_array, _faults_array, _ended_array, _early_array, _stop_owner
     cdef Doorbell _doorbell
     cdef Task _nothing
-    cdef Mem _region, _iovas, _records, _free, _faults, _ended, _stop
+    cdef Mem _region, _iovas, _records, _free, _faults, _ended, _early, _stop
     cdef int _shift
     cdef uint64_t _page_mask, _sequence
     cdef size_t _slots_at, _stride, _response_at, _table_at, _result_at, _response_bytes
     cdef bint _result_wide, _response_first
     cdef uint64_t _result_mask
-    cdef uint32_t _chain, _free_count, _fault_count, _ended_first, _ended_count
+    cdef uint32_t _chain, _free_count, _fault_count, _ended_first, _ended_count, _early_count
 
     @cython.locals(slot=int)
     cpdef bint submit(self, Template template, uint64_t offset, uint64_t nbytes, uint64_t data, uint64_t token,

@@ -66,12 +66,13 @@ OFFSET, NBYTES, TAG = 0, 1, 2
 # bounce cells, or in cells of whose content nothing becomes (a load).
 IN_PLACE, CONSTANT, BOUNCED, LOADED = 0, 1, 2, 3
 # Why `run` came back.
-DONE, TICK, IDLE, FAULT, BROKEN, LOST, UNFIT = 0, 1, 2, 3, 4, 5, 6
+DONE, TICK, IDLE, FAULT, BROKEN, LOST, UNFIT, PAUSED = 0, 1, 2, 3, 4, 5, 6, 7
 
 _NO_DATA, _TO_DEVICE, _FROM_DEVICE = 0, 1, 2
 _OFFSET, _NBYTES = 0, 1
 _CONSTANT, _BOUNCED, _LOADED = 1, 2, 3
-_DONE, _TICK, _IDLE, _FAULT, _BROKEN, _LOST, _UNFIT = 0, 1, 2, 3, 4, 5, 6
+_DONE, _TICK, _IDLE, _FAULT, _BROKEN, _LOST, _UNFIT, _PAUSED = 0, 1, 2, 3, 4, 5, 6, 7
+_STOP, _PAUSE = 1, 2  # why a `run` is to come back
 _NEXT, _WRITE, _INDIRECT = 1, 2, 4
 _NOTHING, _RING_BROKEN = -1, -2
 _FULL, _MISFIT = -1, -2
@@ -393,6 +394,9 @@ class RequestQueue:
         self._ended_array = array("H", [0]) * slots
         self._ended = window(self._ended_array)
         self._ended_first = self._ended_count = 0
+        self._early_array = array("H", [0]) * slots  # heads that were back when the device was reset
+        self._early = window(self._early_array)
+        self._early_count = 0
         self._kept: list[Kept | Buffer | None] = [None] * slots
         self._sequence = 0
         self._stop_owner = bytearray(4)
@@ -406,12 +410,52 @@ class RequestQueue:
 
     def stop(self) -> None:
         """Make a `run` in any thread come back with LOST, now and from now on; from any thread."""
-        store_release_u32(self._stop, 0, 1)
+        store_release_u32(self._stop, 0, _STOP)
 
     @property
     def stopped(self) -> bool:
         """Whether `stop` was called."""
-        return load_acquire_u32(self._stop, 0) != 0
+        return load_acquire_u32(self._stop, 0) == _STOP
+
+    def pause(self, paused: bool) -> None:
+        """Make a `run` in any thread come back with PAUSED, until this is taken back."""
+        if not self.stopped:
+            store_release_u32(self._stop, 0, _PAUSE if paused else 0)
+
+    @property
+    def paused(self) -> bool:
+        """Whether `pause` has been called, and not been taken back."""
+        return load_acquire_u32(self._stop, 0) == _PAUSE
+
+    def rewind(self) -> None:
+        """Begin anew with a device that was reset, which may be while a task is paused.
+
+        What it had is offered again, but for orphans, which are done with, and for requests of nobody's
+        channel (owner 0), which come back without a result: nobody knows what became of them. What it
+        had used before is not lost.
+        """
+        while (head := self.ring.reap()) >= 0:
+            store_u16(self._early, 2 * self._early_count, head)
+            self._early_count += 1
+        back = {load_u16(self._early, 2 * i) for i in range(self._early_count)}
+        self.ring.rewind()
+        self.broken = False
+        for slot in range(self.slots):
+            record = _RECORD * slot
+            state = load_u32(self._records, record + _STATE)
+            head = slot if self.indirect else slot * self._chain
+            if state not in (_TASK, _SINGLE) or head in back:
+                continue
+            owner = load_u32(self._records, record + _OWNER)
+            if state == _SINGLE and owner == _NOBODY:
+                self._lose_orphan(slot)
+            elif state == _SINGLE and owner == 0:
+                store_u64(self._records, record + _RESULT, self._result_mask)
+                store_u32(self._records, record + _STATE, _ENDED)
+                self._put_ended(slot)
+            else:
+                self._poison(self._slots_at + self._stride * slot)
+                self.ring.offer(head)
 
     @property
     def in_flight(self) -> int:
@@ -531,7 +575,7 @@ class RequestQueue:
         """Submit and complete a task's parts; says why it came back, at the latest after a slice.
 
         IDLE: nothing came for `spin_ns`; sleep on the completion descriptor (`arm` first). FAULT:
-        take `faults()`, then run on. BROKEN and LOST are final.
+        take `faults()`, then run on. PAUSED: wait until it is taken back. BROKEN and LOST are final.
         """
         if task.load is not None:
             task.load.enter()
@@ -665,7 +709,7 @@ class RequestQueue:
         rounds = 0
         while True:
             if load_acquire_u32(self._stop, 0):
-                return _LOST
+                return _PAUSED if load_acquire_u32(self._stop, 0) == _PAUSE else _LOST
             filled = self._fill(task)
             if self.ring.publish():
                 self._doorbell.ring()
@@ -900,7 +944,11 @@ class RequestQueue:
         """Take what the device has used; how many, or -1 if it broke the ring."""
         count = 0
         while count < self.slots:
-            head = self.ring.reap()
+            if self._early_count:
+                self._early_count -= 1
+                head = load_u16(self._early, 2 * self._early_count)
+            else:
+                head = self.ring.reap()
             if head == _NOTHING:
                 break
             if head == _RING_BROKEN:

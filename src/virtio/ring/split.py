@@ -83,6 +83,13 @@ class SplitRing:
         self._view = memoryview(bytearray(len(self._view)))
         self._mem = window(self._view)
 
+    def rewind(self) -> None:
+        """Begin anew from index 0, for a device that was reset; descriptors stay as they are."""
+        fill(self._mem, self._avail, 0, len(self._view) - self._avail)
+        fill(self._given, 0, 0, self.size)
+        self._avail_idx = self._published = self._used_idx = 0
+        self.disarm()
+
     def describe(self, index: int, address: int, length: int, flags: int, following: int) -> None:
         """Fill a descriptor of a head that the device does not have (2.7.5)."""
         descriptor = _DESC * index

@@ -203,8 +203,11 @@ class VhostUser:
         return Mapping.contiguous(shared.guest_address)
 
     def setup_queue(self, index: int, areas: RingAreas, base: int) -> QueuePort:
-        """Describe ring `index`, which must be the next one, and hand over its eventfds."""
-        if index != len(self._ports):
+        """Describe ring `index`, and hand over its eventfds.
+
+        It must be the next one, or after `stop` one that was set up before, whose eventfds stay.
+        """
+        if index > len(self._ports):
             raise ValueError(f"ring {index} set up after {len(self._ports)} others")
         session = self._session
         session.tell(Request.SET_VRING_NUM, VringState(index, areas.size).encode())
@@ -212,14 +215,9 @@ class VhostUser:
         descriptor, available, used = (areas.region.address + offset for offset in areas[2:])
         payload = VringAddress(index, 0, descriptor, used, available).encode()
         session.tell(Request.SET_VRING_ADDR, payload)
-        kick = call = -1
-        try:
-            kick = make_eventfd()
-            call = make_eventfd()
-        except TransportError:
-            close_all([fd for fd in (kick, call) if fd >= 0])
-            raise
-        self._ports.append((kick, call))
+        if index == len(self._ports):
+            self._ports.append(_make_eventfds())
+        kick, call = self._ports[index]
         session.tell(Request.SET_VRING_CALL, VringFd(index).encode(), [call])
         session.tell(Request.SET_VRING_KICK, VringFd(index).encode(), [kick])
         return QueuePort(Doorbell(kick), call)
@@ -302,3 +300,12 @@ class VhostUser:
             send_reply(self._back, message.reply(encode_u64(refused)))
         if not refused:
             self.on_config_change()
+
+
+def _make_eventfds() -> tuple[int, int]:
+    kick = make_eventfd()
+    try:
+        return kick, make_eventfd()
+    except TransportError:
+        os.close(kick)
+        raise
