@@ -387,7 +387,7 @@ class Channel(Submitter):
     def close(self) -> None:
         """Give the queue back if this was the thread's last channel; idempotent."""
         if not self.closed:
-            self.closed = True
+            self.closed, self._pool = True, None
             if self._scratch is not None:
                 self._scratch.close()
                 self._scratch = None

@@ -1,11 +1,13 @@
 """The driver against a vhost-user-blk device that is not ours; bytes are compared with the disk's file."""
 
+import asyncio
 import errno
 import gc
 import hashlib
 import json
 import os
 import random
+import re
 import resource
 import subprocess
 import sysconfig
@@ -30,7 +32,9 @@ from virtio_bdev import (
     ReadOnlyError,
     RequestError,
     RequestTimeout,
+    Resized,
     TransportError,
+    aio,
 )
 
 PROGRAM = needs.program("qemu-storage-daemon")
@@ -860,3 +864,131 @@ def said_by_child(channel):
     channel.close()
     bdev.controller.close()
     return said
+
+
+# Reset, and other sizes, under load.
+
+
+class Load:
+    """Verified reads and writes of one part of a disk, in a thread of its own, until it is told to end."""
+
+    def __init__(self, bdev, path, base, nbytes, wait):
+        self.turns, self.failure, self._end = 0, None, threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(bdev, path, base, nbytes, wait))
+        self._thread.start()
+
+    def _run(self, bdev, path, base, nbytes, wait):
+        chance = random.Random(base)
+        content = bytearray(bytes_at(path, base, nbytes))
+        try:
+            with bdev.open(timeout=10, wait=wait) as channel:
+                while not self._end.is_set():
+                    blocks = [chance.randrange(nbytes // BLOCK) for _ in range(200)]
+                    offsets = array("Q", [base + block * BLOCK for block in blocks])
+                    into = bytearray(len(blocks) * BLOCK)
+                    channel.read_batch(offsets, BLOCK, into).raise_for_status()
+                    for number, block in enumerate(blocks):
+                        got = into[number * BLOCK : (number + 1) * BLOCK]
+                        assert got == content[block * BLOCK : (block + 1) * BLOCK], base + block * BLOCK
+                    at, data = chance.choice(blocks) * BLOCK, chance.randbytes(BLOCK)
+                    channel.write(base + at, data)
+                    content[at : at + BLOCK] = data
+                    self.turns += 1
+                channel.flush()
+            assert bytes_at(path, base, nbytes) == content
+        except BaseException as failure:
+            self.failure = failure
+
+    def end(self):
+        self._end.set()
+        self._thread.join()
+        assert self.failure is None and self.turns > 0, self.failure
+
+
+def test_a_reset_under_verified_load_loses_nothing_and_repeats_nothing_to_its_caller(serve, image, figure):
+    daemon = serve(file_node(image))
+    with attach(daemon, queues=2) as controller:
+        bdev = disk(controller)
+        loads = [
+            Load(bdev, image, part * 8 * MIB, 8 * MIB, wait)
+            for part, wait in enumerate(("adaptive", "event"))
+        ]
+        begun, resets = time.monotonic(), 0
+        while time.monotonic() < begun + 2 and not any(load.failure for load in loads):
+            bdev.reset()
+            resets += 1
+            time.sleep(0.01)
+        for load in loads:
+            load.end()
+        figure("resets in 2 s", resets)
+        figure("batches of 200 verified meanwhile", sum(load.turns for load in loads))
+        assert resets > 10 and bdev.state == "online"
+
+
+def test_a_back_end_that_hangs_in_a_reset_is_lost_in_time(serve, image):
+    daemon = serve(file_node(image))
+    with attach(daemon, timeout=0.5) as controller:
+        bdev = disk(controller)
+        with bdev.open(timeout=10) as channel:
+            channel.read(0, BLOCK)
+            daemon.pause()
+            begun = time.monotonic()
+            with pytest.raises(TransportError, match="was reset, and does not come back"):
+                bdev.reset()
+            assert time.monotonic() - begun < 5
+            with pytest.raises(TransportError, match="does not come back"):
+                channel.read(0, BLOCK)
+        daemon.resume()
+
+
+def test_a_resize_is_seen_and_harms_nothing_that_is_under_way(serve, image):
+    version = daemon_version()
+    if version < (8, 0):
+        pytest.skip(f"qemu-storage-daemon {version[0]}.{version[1]} does not tell of a resize: from 8.0 on")
+    daemon = serve(file_node(image))
+    with attach(daemon, queues=2) as controller:
+        bdev = disk(controller)
+        events = controller.events()
+        load = Load(bdev, image, 0, 8 * MIB, "adaptive")
+        for size in [48 * MIB, 40 * MIB, 64 * MIB] * 5:
+            before = bdev.size
+            daemon.qmp("block_resize", {"node-name": "disk", "size": size})
+            assert events.wait(10) == Resized(bdev, before) and bdev.size == size
+            with pytest.raises(RequestError, match="do not lie within"):
+                bdev.check(size, BLOCK)
+        load.end()
+
+
+def daemon_version():
+    said = subprocess.run([PROGRAM, "--version"], capture_output=True, text=True, check=True).stdout
+    major, minor = re.search(r"version (\d+)\.(\d+)", said).groups()
+    return int(major), int(minor)
+
+
+# asyncio.
+
+
+def test_ten_thousand_awaited_reads_and_some_that_are_given_up(serve, image, figure):
+    content = image.read_bytes()
+    daemon = serve(file_node(image))
+
+    async def main():
+        async with await aio.attach(daemon.address, dev_type="blk", queues=1, queue_size=128) as controller:
+            async with controller["VirtioBlk0"].open() as channel:
+
+                async def one(number):
+                    at = number * 7919 % (len(content) // BLOCK) * BLOCK
+                    assert await channel.read(at, BLOCK) == content[at : at + BLOCK]
+
+                begun = time.monotonic()
+                await asyncio.gather(*map(one, range(10_000)))
+                figure("10,000 reads awaited at once, a second", round(10_000 / (time.monotonic() - begun)))
+                for turn in range(200):
+                    tasks = [asyncio.create_task(one(turn * 8 + number)) for number in range(8)]
+                    await asyncio.sleep(0)
+                    tasks[turn % 8].cancel()
+                    results = await asyncio.gather(*tasks, return_exceptions=True)
+                    assert [type(result) for result in results].count(type(None)) >= 7
+            assert controller.blocking.device.leases[0].queue.in_flight == 0
+
+    asyncio.run(main())

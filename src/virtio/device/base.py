@@ -7,6 +7,7 @@ import enum
 import errno
 import os
 import threading
+import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -36,6 +37,7 @@ QUEUE_SIZE = 256
 SMALL_QUEUE_SIZE = 128  # where the usual size is refused
 POOL_BYTES = 64 << 20  # what is not touched costs nothing; SPDK's target fails with small regions
 MAX_TRANSFER = 1 << 20  # bytes a request: more gains nothing and makes buffers scarce
+_LOOK_S = 0.001  # between two looks at rings that are to become idle
 _MAX_RINGS = 256  # that vhost-user has numbers for
 _DIRECT_TRANSFER = 64 << 10  # the same where each segment costs a descriptor of the ring
 
@@ -224,11 +226,25 @@ class Device(ABC):
                 lease.pause(deadline)
                 paused.callback(lease.resume)
             try:
+                if not self.transport.resets:
+                    self._drain()
                 self._begin_again()
             except VirtioError as error:
                 words = f"{self.transport.address} was reset, and does not come back: {error}"
                 self.life.end(TransportError(getattr(error, "errno", None) or errno.EIO, words))
                 self.life.check()
+
+    def _drain(self) -> None:
+        """Wait for what a device has that cannot be made to forget it: it may use our memory later."""
+        end = time.monotonic() + self.transport.timeout
+        while busy := sum(not queue.ring.idle() for queue in self._queues):
+            self.life.check()
+            if time.monotonic() >= end:
+                raise RequestTimeout(
+                    f"it has not returned the requests of {busy} queues in {self.transport.timeout:g} s, and "
+                    "has no reset that would make it forget them: attach again"
+                )
+            time.sleep(_LOOK_S)
 
     def _begin_again(self) -> None:
         self.transport.stop()

@@ -78,6 +78,10 @@ class SplitRing:
         """How many published heads the device has not used yet."""
         return (self._published - self._used_idx) & 0xFFFF
 
+    def idle(self) -> bool:
+        """Whether the device has used all that it was given, reaped or not."""
+        return load_acquire_u16(self._mem, self._used + _IDX) == self._published
+
     def detach(self) -> None:
         """Let go of the memory: from now on the ring works on bytes of its own, for nobody."""
         self._view = memoryview(bytearray(len(self._view)))

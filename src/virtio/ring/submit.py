@@ -59,7 +59,7 @@ class Submitter:
         self.owner = owner
         self.geometry = geometry
         self.budget = budget
-        self._pool: object = None
+        self._pool: object = None  # whose buffers these requests use; None: closed
         self._done: deque[Completion] = deque()  # without having been with the device
         self._later: list[tuple[float, int]] = []  # requests to send again: when, and which slots
         self._error: DeviceError | None = None  # of the request that was judged last
@@ -152,7 +152,7 @@ class Submitter:
             queue.disarm()
         queue.kick()
         queue.look()
-        if queue.broken or load_acquire_u32(queue._stop, 0) or not self.geometry.online:
+        if queue.broken or load_acquire_u32(queue._stop, 0) or not self.geometry.online or self._pool is None:
             self._alive()
         if self._later:
             self._send_again()

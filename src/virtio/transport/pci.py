@@ -135,6 +135,7 @@ class Pci:
             | Feature.ORDER_PLATFORM
         )
         self.required = int(Feature.VERSION_1)
+        self.resets = True
         if windows.translated:
             self.required |= Feature.ACCESS_PLATFORM  # without it, it would use physical addresses
         self._pid = os.getpid()

@@ -1,7 +1,7 @@
 """The vhost-user front end: a device behind a Unix socket (QEMU's docs/interop/vhost-user.rst).
 
 The order of messages is the one that all back ends accept. What a back end lacks of REPLY_ACK,
-CONFIG, MQ, CONFIGURE_MEM_SLOTS, STATUS and BACKEND_REQ is done without.
+CONFIG, MQ, CONFIGURE_MEM_SLOTS, STATUS, RESET_DEVICE and BACKEND_REQ is done without.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ _EXTENSIONS = (
     | ProtocolFeature.REPLY_ACK
     | ProtocolFeature.BACKEND_REQ
     | ProtocolFeature.CONFIG
+    | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
 )
@@ -113,6 +114,8 @@ class VhostUser:
         if session.features & ProtocolFeature.BACKEND_REQ:
             self._open_back_channel()
         self.has_config = bool(session.features & ProtocolFeature.CONFIG)
+        # GET_VRING_BASE alone: qemu-storage-daemon completes requests after it that it had before.
+        self.resets = bool(session.features & (ProtocolFeature.RESET_DEVICE | ProtocolFeature.STATUS))
 
     # Status and features (3.1.1).
 
@@ -237,6 +240,8 @@ class VhostUser:
         for index in range(len(self._ports)):
             payload = VringState(index, 0).encode()
             self._session.ask(Request.GET_VRING_BASE, VringState.decode, payload)
+        if self._session.features & ProtocolFeature.RESET_DEVICE and self._status:
+            self._session.tell(Request.RESET_DEVICE)
         self.reset()
 
     def close(self) -> None:

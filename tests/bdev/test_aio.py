@@ -1,0 +1,347 @@
+"""The asyncio front, against the embedded target."""
+
+import asyncio
+import contextlib
+import functools
+import gc
+import os
+import random
+import threading
+import time
+
+import pytest
+
+import virtio_bdev
+from tests.leaks import open_fds
+from virtio.errors import (
+    ClosedError,
+    DeviceError,
+    QueueFullError,
+    ReadOnlyError,
+    RequestError,
+    RequestTimeout,
+    TransportError,
+)
+from virtio.target import serve
+from virtio_bdev import aio
+
+BLOCK = 4096
+
+
+def asynchronous(test):
+    """Run a test in a loop of its own; slow callbacks and forgotten tasks are errors."""
+
+    @functools.wraps(test)
+    def wrapper(*args, **kwargs):
+        async def main():
+            async with asyncio.timeout(30):
+                await test(*args, **kwargs)
+
+        asyncio.run(main())
+
+    return wrapper
+
+
+@pytest.fixture(params=["blk", "scsi"])
+def disk(request, tmp_path):
+    """A target with one disk of 16 MiB of random bytes: its kind, address, file."""
+    path = tmp_path / "image"
+    path.write_bytes(random.Random(1).randbytes(16 << 20))
+    with serve(request.param, f"file:{path}", queues=4) as target:
+        yield request.param, target.address, path
+
+
+def first(controller):
+    return controller[next(iter(controller))]
+
+
+@asynchronous
+async def test_what_is_written_is_in_the_file_and_is_read_back(disk):
+    kind, address, path = disk
+    content = bytearray(path.read_bytes())
+    async with await aio.attach(address, dev_type=kind) as controller, first(controller).open() as channel:
+        for nbytes in (512, BLOCK, 1 << 20, (3 << 20) + 512):
+            assert await channel.read(512, nbytes) == content[512 : 512 + nbytes]
+            data = os.urandom(nbytes)
+            await channel.write(1024, data, fua=nbytes == BLOCK)
+            content[1024 : 1024 + nbytes] = data
+            into = bytearray(nbytes)
+            await channel.readinto(1024, into)
+            assert into == data
+        with controller.buffer(1 << 20) as buffer:
+            await channel.readinto(0, buffer)
+            assert buffer.view() == content[: 1 << 20]
+            buffer.view()[:] = bytes(1 << 20)
+            await channel.write(4 << 20, buffer)
+            content[4 << 20 : 5 << 20] = bytes(1 << 20)
+        parts = [b"a" * 100, b"b" * 412]
+        await channel.writev(0, parts)
+        content[:512] = b"".join(parts)
+        into = [bytearray(100), bytearray(412)]
+        await channel.readv(0, into)
+        assert into == parts
+        await channel.write_zeroes(6 << 20, 1 << 20)
+        content[6 << 20 : 7 << 20] = bytes(1 << 20)
+        await channel.unmap(8 << 20, 1 << 20)
+        await channel.flush()
+        assert await channel.read(0, 0) == b""
+        assert path.read_bytes()[: 8 << 20] == content[: 8 << 20]
+
+
+@asynchronous
+async def test_ten_thousand_reads_at_once_through_a_queue_of_128(disk):
+    kind, address, path = disk
+    content = path.read_bytes()
+    async with await aio.attach(address, dev_type=kind, queue_size=128) as controller:
+        async with first(controller).open() as channel:
+            free = controller.blocking.device.pool.free_bytes
+            least = free
+
+            async def one(number):
+                nonlocal least
+                at = number * 7 % 4096 * BLOCK
+                assert await channel.read(at, BLOCK) == content[at : at + BLOCK]
+                least = min(least, controller.blocking.device.pool.free_bytes)
+
+            await asyncio.gather(*map(one, range(10_000)))
+            assert free - least <= 1024 * BLOCK  # in flight, on their way to their callers, and kept
+
+
+@asynchronous
+async def test_cancelled_at_random_nothing_is_lost_and_no_buffer_used_again(disk):
+    """CLN-1, CLN-2: a thousand times, beside others that go on."""
+    kind, address, path = disk
+    content = bytearray(path.read_bytes())
+    chance = random.Random(3)
+    async with await aio.attach(address, dev_type=kind, queues=1) as controller:
+        async with first(controller).open() as channel:
+
+            async def read(block):
+                data = await channel.read(block * BLOCK, BLOCK)
+                assert data == content[block * BLOCK : (block + 1) * BLOCK], block
+
+            for turn in range(1000):
+                tasks = [asyncio.create_task(read(chance.randrange(4096))) for _ in range(6)]
+                for _ in range(chance.randrange(3)):
+                    await asyncio.sleep(0)
+                victim = chance.choice(tasks)
+                victim.cancel()
+                results = await asyncio.gather(*tasks, return_exceptions=True)
+                for task, result in zip(tasks, results, strict=True):
+                    assert result is None or (task is victim and isinstance(result, asyncio.CancelledError))
+                if turn % 50 == 0:
+                    await asyncio.gather(*(cancelled_write(channel, content, chance) for _ in range(4)))
+            await channel.flush()
+            assert await channel.read(0, 16 << 20) == path.read_bytes()
+        assert controller.blocking.device.leases[0].queue.in_flight == 0
+
+
+async def cancelled_write(channel, content, chance):
+    """Cancel a write; the next one to the same place is what counts."""
+    at = chance.randrange(4096) * BLOCK
+    task = asyncio.create_task(channel.write(at, os.urandom(BLOCK)))
+    await asyncio.sleep(0)
+    task.cancel()
+    data = os.urandom(BLOCK)
+    await channel.write(at, data)
+    content[at : at + BLOCK] = data
+    assert await channel.read(at, BLOCK) == data
+
+
+@asynchronous
+async def test_a_call_whose_time_is_up_ends_and_the_late_answer_does_no_harm():
+    with serve("blk", "ram:1M,delay=0.3") as target:
+        async with await aio.attach(target.address, dev_type="blk", queues=1) as controller:
+            async with first(controller).open(timeout=0.1) as channel:
+                begun = time.monotonic()
+                results = await asyncio.gather(
+                    *(channel.read(at * BLOCK, BLOCK) for at in range(3)), return_exceptions=True
+                )
+                assert [type(result) for result in results] == [RequestTimeout] * 3
+                assert time.monotonic() - begun < 0.3
+                channel.timeout = 10
+                assert await channel.read(0, BLOCK) == bytes(BLOCK)
+                assert channel.inner.queue.orphans == 0
+
+
+@asynchronous
+async def test_more_calls_than_may_wait_is_an_error_of_those_alone():
+    with serve("blk", ram="1M") as target:
+        async with await aio.attach(target.address, dev_type="blk", queues=1, queue_size=16) as controller:
+            async with first(controller).open(max_waiting=10) as channel:
+                slots = channel.inner.queue.slots
+                calls = [channel.read(0, BLOCK) for _ in range(slots + 15)]
+                results = await asyncio.gather(*calls, return_exceptions=True)
+                refused = [result for result in results if isinstance(result, QueueFullError)]
+                assert len(refused) == 5 and results.count(bytes(BLOCK)) == slots + 10
+
+
+@asynchronous
+async def test_waiters_are_served_in_order_and_channels_in_turns():
+    with serve("scsi", "ram:1M", "ram:1M") as target:
+        async with await aio.attach(target.address, queues=1, queue_size=16) as controller:
+            order = []
+
+            async def call(channel, number):
+                await channel.read(0, BLOCK)
+                order.append((channel, number))
+
+            names = list(controller)
+            async with controller[names[0]].open() as one, controller[names[1]].open() as two:
+                slots = one.inner.queue.slots
+                await asyncio.gather(
+                    *(call(one, number) for number in range(slots + 40)),
+                    *(call(two, number) for number in range(40)),
+                )
+                for channel in (one, two):
+                    mine = [number for who, number in order if who is channel]
+                    assert mine == sorted(mine)
+                waited = [who for who, _ in order[slots:]]
+                half = waited[: len(waited) // 2]
+                assert abs(half.count(one) - half.count(two)) <= slots
+
+
+@asynchronous
+async def test_what_is_wrong_is_told_at_once(disk):
+    kind, address, _ = disk
+    async with await aio.attach(address, dev_type=kind) as controller:
+        async with first(controller).open() as channel:
+            with pytest.raises(RequestError, match="grid"):
+                await channel.read(1, 512)
+            with pytest.raises(RequestError, match="do not lie within"):
+                await channel.write(16 << 20, bytes(512))
+        with pytest.raises(ClosedError):
+            await channel.read(0, 512)
+
+
+@asynchronous
+async def test_errors_of_the_device_reach_the_call_that_they_are_of():
+    with serve("scsi", "ram:4M,fail-read=2097152", "ram:1M,ro") as target:
+        async with await aio.attach(target.address) as controller:
+            async with controller["VirtioScsi0t0"].open() as channel:
+                results = await asyncio.gather(
+                    *(channel.read(at << 20, 1 << 20) for at in range(4)), return_exceptions=True
+                )
+                assert [isinstance(result, DeviceError) for result in results] == [False, False, True, False]
+                with pytest.raises(DeviceError, match="at byte 2097152"):
+                    await channel.read(0, 4 << 20)
+            async with controller["VirtioScsi0t1"].open() as channel:
+                with pytest.raises(ReadOnlyError):
+                    await channel.write(0, bytes(512))
+
+
+@asynchronous
+async def test_a_device_that_goes_ends_all_calls_and_closing_is_quick():
+    with serve("blk", "ram:1M,delay=5") as target:
+        controller = await aio.attach(target.address, dev_type="blk")
+        channel = first(controller).open()
+        tasks = [asyncio.create_task(channel.read(0, BLOCK)) for _ in range(5)]
+        await asyncio.sleep(0.05)
+        os.kill(target.pid, 9)
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(result) for result in results] == [TransportError] * 5
+        with pytest.raises(TransportError):
+            await channel.read(0, BLOCK)
+        await channel.close()
+        await controller.close()
+
+
+@asynchronous
+async def test_closing_ends_what_is_under_way_and_leaves_nothing():
+    before = open_fds()
+    with serve("blk", "ram:1M,delay=0.05") as target:
+        async with await aio.attach(target.address, dev_type="blk") as controller:
+            channel = first(controller).open()
+            tasks = [asyncio.create_task(channel.read(0, BLOCK)) for _ in range(5)]
+            await asyncio.sleep(0.01)
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert {type(result) for result in results} <= {ClosedError, bytes}
+        assert ClosedError in map(type, results)
+    del controller, channel, tasks, results
+    await asyncio.sleep(0)  # the loop itself holds on to what woke us
+    gc.collect()
+    left = {fd: name for fd, name in open_fds().items() if before.get(fd) != name}
+    assert not any("virtio" in name for name in left.values()), left
+
+
+@asynchronous
+async def test_ten_controllers_are_attached_in_the_time_of_the_slowest():
+    with contextlib.ExitStack() as stack:
+        targets = [stack.enter_context(serve("blk", "ram:1M,delay=0.3")) for _ in range(10)]
+        begun = time.monotonic()
+        controllers = await asyncio.gather(
+            *(aio.attach(target.address, dev_type="blk", queues=1) for target in targets)
+        )
+        seconds = time.monotonic() - begun
+        assert len({controller.name for controller in controllers}) == 10
+        assert seconds < 10 * 0.3  # each reads its disk's identity, which takes 0.3 s
+        await asyncio.gather(*(controller.close() for controller in controllers))
+
+
+@asynchronous
+async def test_a_cancelled_attach_is_detached():
+    with serve("blk", ram="1M") as target:
+        task = asyncio.create_task(aio.attach(target.address, dev_type="blk", name="Cancelled0"))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        async with asyncio.timeout(5):
+            while True:  # until the name, and the back end, are free
+                try:
+                    async with await aio.attach(target.address, dev_type="blk", name="Cancelled0"):
+                        break
+                except RequestError:
+                    await asyncio.sleep(0.01)
+
+
+def test_several_loops_in_several_threads_use_one_controller(disk):
+    kind, address, path = disk
+    content = path.read_bytes()
+    failures = []
+
+    async def work(controller, seed):
+        chance = random.Random(seed)
+        async with first(controller).open() as channel:
+            for _ in range(20):
+                blocks = [chance.randrange(4096) for _ in range(50)]
+                for block, data in zip(
+                    blocks,
+                    await asyncio.gather(*(channel.read(block * BLOCK, BLOCK) for block in blocks)),
+                    strict=True,
+                ):
+                    assert data == content[block * BLOCK : (block + 1) * BLOCK]
+
+    def thread(controller, seed):
+        try:
+            asyncio.run(work(controller, seed))
+        except BaseException as error:
+            failures.append(error)
+
+    with virtio_bdev.attach(address, dev_type=kind, queues=3) as inner:
+        controller = aio.Controller(inner)
+        threads = [threading.Thread(target=thread, args=(controller, seed)) for seed in range(3)]
+        for one in threads:
+            one.start()
+        for one in threads:
+            one.join(30)
+        assert failures == []
+
+
+@asynchronous
+async def test_a_reset_under_way_costs_nobody_anything(disk):
+    kind, address, path = disk
+    content = path.read_bytes()
+    async with await aio.attach(address, dev_type=kind) as controller:
+        bdev = first(controller)
+        async with bdev.open() as channel:
+
+            async def read(number):
+                at = number % 4096 * BLOCK
+                assert await channel.read(at, BLOCK) == content[at : at + BLOCK]
+
+            for turn in range(20):
+                reads = [asyncio.create_task(read(turn * 100 + number)) for number in range(100)]
+                await asyncio.sleep(0)
+                await bdev.reset()
+                await asyncio.gather(*reads)
