@@ -47,9 +47,12 @@ class _Loop:
             undo.pop_all()
 
     def stop(self) -> None:
-        """Let the thread end, and wait for that unless this is it."""
+        """Tell the thread to end; for who holds the lock."""
         self.stopped = True
         self.wake()
+
+    def join(self) -> None:
+        """Wait until it has, unless this is it."""
         if threading.current_thread() is not self._thread:
             self._thread.join(_JOIN_S)  # at the end of the interpreter it never comes
 
@@ -65,10 +68,11 @@ class _Loop:
         while True:
             for fd, events in self.epoll.poll(self._patience()):
                 if fd == self._wake:
-                    if self.stopped:
-                        self.close()
-                        return
-                    os.eventfd_read(self._wake)
+                    with _lock:
+                        if self.stopped:
+                            self.close()
+                            return
+                        os.eventfd_read(self._wake)
                     continue
                 with _lock:
                     callback = self.callbacks.get(fd)
@@ -126,7 +130,7 @@ def unwatch(fd: int) -> None:
                 _loop.epoll.unregister(fd)
             idle = _idle()
     if idle is not None:
-        idle.stop()
+        idle.join()
 
 
 class Timer:
@@ -151,7 +155,7 @@ class Timer:
                 _loop.timers.discard(self)
                 idle = _idle()
         if idle is not None:
-            idle.stop()
+            idle.join()
 
 
 def _running() -> _Loop:
@@ -166,11 +170,12 @@ def _running() -> _Loop:
 
 
 def _idle() -> _Loop | None:
-    """The loop, if nobody needs it any more, for who holds the lock to stop it after letting go."""
+    """The loop, if nobody needs it any more, told to end; for who holds the lock to join after that."""
     global _loop
     idle = None
     if _loop is not None and not _loop.callbacks and not _loop.timers:
         idle, _loop = _loop, None
+        idle.stop()
     return idle
 
 

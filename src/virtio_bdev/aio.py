@@ -404,7 +404,8 @@ class Channel:
             except DeviceError as error:
                 if error.errno != errno.EOPNOTSUPP:
                     raise
-        zeros = bytes(min(nbytes, _ZERO_BYTES, self.bdev.limits.max_transfer))
+        most = max(_ZERO_BYTES, self.bdev.block_size)
+        zeros = bytes(min(nbytes, most, self.bdev.limits.max_transfer))
         await self._parts(
             nbytes, lambda at, size: self._write_part(offset + at, memoryview(zeros)[:size]), len(zeros)
         )

@@ -6,18 +6,21 @@ import contextlib
 import errno
 import itertools
 import os
+import threading
 import time
 import warnings
 from array import array
 from typing import TYPE_CHECKING, Literal
 
 from virtio.errors import (
+    ChannelInUse,
     ClosedError,
     DeviceError,
     RequestError,
     TransportError,
     VirtioError,
 )
+from virtio.ring import eventfd
 from virtio.ring.buffer import Buffer
 from virtio.ring.lease import deadline_in
 from virtio.ring.requests import (
@@ -32,7 +35,7 @@ from virtio.ring.requests import (
 from virtio.ring.submit import Submitter
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from typing_extensions import Buffer as BufferProtocol
 
@@ -99,7 +102,7 @@ class Channel(Submitter):
         self.wait = wait
         self._controller = bdev.controller
         self._scratch: Buffer | None = None
-        self._tries: dict[int, int] = {}  # of single requests, by slot
+        self._scratch_lock = threading.Lock()
         self._lease = lease = self._controller.take_lease()
         super().__init__(lease.queue, next(_owners), bdev.geometry, bdev.budget(lease))
         self._pool = self._controller.device.pool
@@ -111,10 +114,11 @@ class Channel(Submitter):
         """The bytes of the disk from `offset` on."""
         self._check(offset, nbytes)
         if 0 < nbytes <= _BOUNCE_BYTES:  # into the pool, and from there in one copy
-            scratch = self._bounce(nbytes, 1)
-            view = scratch.view()[:nbytes]
-            self._transfer(self._disk.read, _one(offset), nbytes, scratch, view)
-            return bytes(view)
+            with self._bouncing():
+                scratch = self._bounce(nbytes, 1)
+                view = scratch.view()[:nbytes]
+                self._transfer(self._disk.read, _one(offset), nbytes, scratch, view)
+                return bytes(view)
         data = bytearray(nbytes)
         self.readinto(offset, data)
         return bytes(data)
@@ -161,7 +165,7 @@ class Channel(Submitter):
         self._check(offset, nbytes, write=True)
         template = self._disk.write_zeroes_unmap if unmap else self._disk.write_zeroes
         if template is None or not self._zeroes_by_device(template, offset, nbytes):
-            part = min(self._disk.limits.max_transfer, _ZERO_BYTES)
+            part = min(self._disk.limits.max_transfer, max(_ZERO_BYTES, self._disk.block_size))
             self._zeroes(self._disk.write, offset, nbytes, part, part)
 
     def _zeroes_by_device(self, template: Template, offset: int, nbytes: int) -> bool:
@@ -241,30 +245,27 @@ class Channel(Submitter):
 
     def submit_flush(self, token: int) -> bool:
         """Begin to make durable what has been written; false: not now."""
-        self._examine(self._disk.read, 0, self._disk.block_size, 1 << 62, None, 0)
+        self._check_open()
         if self._disk.flush is None or self._disk.read_only:
             self._done.append((token, None))
             return True
-        return self._queue(self._disk.flush, 0, self._disk.block_size, 0, token, None)
+        block = self._disk.block_size
+        return self.submit_plain(self._disk.flush, 0, block, block, 0, token)
 
     def submit_unmap(self, offset: int, nbytes: int, token: int) -> bool:
         """Begin to give bytes back, at most `limits.max_unmap`; false: not now."""
         template = self._disk.unmap
         if template is None:
             raise RequestError(f"{self.bdev.name} does not support unmap")
-        if not self._examine(template, offset, nbytes, self._disk.limits.max_unmap, None, 0):
-            return False
-        return self._queue(template, offset, nbytes, 0, token, None)
+        return self.submit_plain(template, offset, nbytes, self._disk.limits.max_unmap, 0, token)
 
     def submit_write_zeroes(self, offset: int, nbytes: int, token: int, *, unmap: bool = True) -> bool:
         """Begin to write zeroes, at most `limits.max_write_zeroes` bytes; false: not now."""
         template = self._disk.write_zeroes_unmap if unmap else self._disk.write_zeroes
         if template is None:
             raise RequestError(f"{self.bdev.name} does not support write zeroes: write them")
-        if not self._examine(template, offset, nbytes, self._disk.limits.max_write_zeroes, None, 0):
-            return False
         data = self._controller.zeros(self._disk.block_size) if template.data_bytes else 0
-        return self._queue(template, offset, nbytes, data, token, None)
+        return self.submit_plain(template, offset, nbytes, self._disk.limits.max_write_zeroes, data, token)
 
     def fileno(self) -> int:
         """A descriptor to sleep on until something is back, after `arm` has said that it is safe.
@@ -273,27 +274,15 @@ class Channel(Submitter):
         """
         return self._lease.completion_fd
 
-    def cancel(self, token: int) -> bool:
-        """Give up waiting for a request, which may still take effect; false if it is not in flight.
-
-        Its buffer stays busy until the device has returned it, and what it writes gets no other write
-        before that.
-        """
-        self._turn()
-        if not self.queue.forsake(self.owner, token):
-            return False
-        self.budget.in_flight -= 1
-        return True
-
     def _turn(self) -> None:
-        while self.queue.taken:
-            with self._lease:
-                pass
+        if self.queue.entered:
+            raise ChannelInUse("another thread is inside a call on this queue: open a channel in each thread")
+        self._lease.wait_turn(deadline_in(self.timeout))
 
     def _alive(self) -> None:
         self._check_open()
         if self.queue.broken or self.queue.stopped:
-            self._lease.collect()  # which says what is wrong
+            self._lease.raise_broken()
 
     def _examine(
         self, template: Template, offset: int, nbytes: int, most: int, buffer: Buffer | None, at: int
@@ -303,11 +292,10 @@ class Channel(Submitter):
             buffer.check()
             if buffer.pool is not self._pool:
                 raise RequestError("the buffer is not one of this controller's")
-            if at < 0 or at + nbytes > buffer.nbytes:
+            if at < 0 or at > buffer.nbytes - nbytes:
                 raise RequestError(f"{nbytes} bytes at {at} of a buffer of {buffer.nbytes}")
         if not 0 < nbytes <= most:
             raise RequestError(f"{nbytes} bytes in one request, want 1 to {most}")
-        self._turn()
         if template.changes and self.queue.orphan_changes:
             self.queue.look()
             self.queue.sweep()
@@ -317,9 +305,9 @@ class Channel(Submitter):
     def _judge(self, slot: int, finished: Finished) -> bool:
         offset, transfer = self.queue.place(slot)
         error = self._disk.explain(finished, offset, transfer)
-        tries = self._tries.pop(slot, 0)
+        tries = self._tries.pop(finished.token, 0)
         if error is not None and error.transient and tries < _TRIES:
-            self._tries[slot] = tries + 1
+            self._tries[finished.token] = tries + 1
             self._later.append((time.monotonic() + _PAUSE_S * tries, slot))
             return False
         self._error = error
@@ -333,8 +321,7 @@ class Channel(Submitter):
         self.queue.kick()
 
     def _drain(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._lease.completion_fd)
+        eventfd.drain(self._lease.completion_fd)
 
     def apply(self, load: Load, depth: int, *, write: bool) -> None:
         """Put a load on the disk, `depth` requests in flight, until it ends; for `bench`.
@@ -395,6 +382,7 @@ class Channel(Submitter):
                 with contextlib.suppress(VirtioError), self._lease.borrow(deadline_in(_CLOSE_S)):
                     for _, slot in self._later:
                         self.queue.again(slot)  # an orphan like the others
+                    self.queue.kick()  # so that what was submitted comes back one day
                     self.budget.in_flight -= self.queue.abandon(self.owner)
             self._controller.return_lease(self._lease)
 
@@ -464,20 +452,32 @@ class Channel(Submitter):
             )
         else:
             total = -(-nbytes // part) * len(offsets)
-            scratch = self._bounce(part, min(total, limits.depth, self._lease.queue.slots))
-            task = Task(
-                template,
-                offsets,
-                nbytes,
-                part,
-                mode=BOUNCED,
-                base=scratch.offset,
-                user=view,
-                cells=scratch.nbytes // part,
-                depth=self._depth,
-                buffers=[scratch],
-            )
+            with self._bouncing():
+                scratch = self._bounce(part, min(total, limits.depth, self._lease.queue.slots))
+                task = Task(
+                    template,
+                    offsets,
+                    nbytes,
+                    part,
+                    mode=BOUNCED,
+                    base=scratch.offset,
+                    user=view,
+                    cells=scratch.nbytes // part,
+                    depth=self._depth,
+                    buffers=[scratch],
+                )
+                return self._run(task, raising=raising)
         return self._run(task, raising=raising)
+
+    @contextlib.contextmanager
+    def _bouncing(self) -> Iterator[None]:
+        """Have the bounce buffer to oneself, until its bytes are where they are to be."""
+        if not self._scratch_lock.acquire(blocking=False):
+            raise ChannelInUse("another thread is inside a call on this channel: open one in each thread")
+        try:
+            yield
+        finally:
+            self._scratch_lock.release()
 
     def _bounce(self, part: int, cells: int) -> Buffer:
         """A buffer of up to so many cells of `part` bytes, kept for the next call."""
@@ -517,6 +517,8 @@ class Channel(Submitter):
     def _run(self, task: Task, *, raising: bool = True) -> Batch:
         deadline = deadline_in(self.timeout)
         try:
+            if self.queue.taken:
+                self._lease.wait_turn(deadline)
             with self._lease as lease:
                 error = lease.execute(task, deadline, _SPIN_NS[self.wait], self._disk.explain)
         except VirtioError as broken:

@@ -6,6 +6,7 @@ import logging
 import threading
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Literal, TypeAlias
 
@@ -35,7 +36,7 @@ class _Names:
     """The controller names in use in this process."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a collector may close a controller at any moment
         self._taken: set[str] = set()
 
     def take(self, name: str | None, prefix: str) -> str:
@@ -72,6 +73,7 @@ class Controller(Mapping[str, Bdev]):
         self._lock = threading.Lock()
         self._leases: dict[int, tuple[Lease, int]] = {}  # by thread: lease and its channels
         self._free = list(reversed(device.leases))
+        self._returned: deque[Lease] = deque()  # a collector may return one at any moment
         self._zeros: dict[int, Buffer] = {}
         self._closed = True  # until it holds something
         self._streams: weakref.WeakSet[Events] = weakref.WeakSet()
@@ -176,6 +178,7 @@ class Controller(Mapping[str, Bdev]):
 
         TransportError(ENOMEM) when the pool has no such piece left.
         """
+        self.device.life.check()
         return self.device.pool.take(nbytes)
 
     def zeros(self, nbytes: int) -> int:
@@ -191,6 +194,7 @@ class Controller(Mapping[str, Bdev]):
         self.device.life.check()
         thread = threading.get_ident()
         with self._lock:
+            self._merge()
             lease, channels = self._leases.get(thread, (None, 0))
             if lease is None:
                 if not self._free:
@@ -203,8 +207,13 @@ class Controller(Mapping[str, Bdev]):
             return lease
 
     def return_lease(self, lease: Lease) -> None:
-        """One channel less on a lease; for `Channel` to call."""
-        with self._lock:
+        """One channel less on a lease; for `Channel` to call, also amid a garbage collection."""
+        self._returned.append(lease)
+
+    def _merge(self) -> None:
+        """Take note of what was returned; for who holds the lock."""
+        while self._returned:
+            lease = self._returned.popleft()
             for thread, (held, channels) in self._leases.items():
                 if held is lease:
                     if channels > 1:
@@ -221,6 +230,7 @@ class Controller(Mapping[str, Bdev]):
             try:
                 self.device.close()
             finally:
+                self._zeros.clear()
                 _names.give_back(self.name)
 
     def __getitem__(self, name: str) -> Bdev:

@@ -181,6 +181,7 @@ class Device(ABC):
             segment_bytes=segment_bytes,
             indirect=self.indirect,
             event_idx=self._event_idx,
+            number=index,
         )
         self._queues.append(queue)
         port = self._connect(index, size, memory)
@@ -282,6 +283,7 @@ class Device(ABC):
                 steps.callback(lease.forget)
             for queue in self._queues:
                 steps.callback(queue.detach)
+            self._rings.clear()
             steps.callback(self.transport.close)
             for lease in self._leases:
                 steps.callback(lease.retire)

@@ -77,6 +77,7 @@ class Dialogue(Generic[T]):
         self._turns: dict[int, _Turn] = {}  # by token
         self._rooms: list[Buffer] = []  # for data from the device, not in use
         self._ready: deque[tuple[int, Reply | None]] = deque()  # who can go on, and with what
+        self._wishes: deque[tuple[int, Command]] = deque()  # what waits for a room
         self._paused: list[tuple[int, int]] = []  # until when, and who
         self._next_token = 0
 
@@ -88,24 +89,23 @@ class Dialogue(Generic[T]):
         self._conversations = conversations
         self._results: dict[int, T] = {}
         self._ready.extend((number, None) for number in range(len(conversations)))
+        queue = self._lease.queue
         with contextlib.ExitStack() as self._held:
-            for _ in range(min(_AT_ONCE, self._lease.queue.slots, len(conversations))):
-                self._rooms.append(self._hold(REPLY_BYTES))
+            for _ in range(min(_AT_ONCE, queue.slots, len(conversations))):
+                self._rooms.append(self._held.enter_context(self._pool.take(REPLY_BYTES)))
+            self._held.callback(queue.abandon, 0)  # before the rooms go, which the device may have yet
             while True:
                 self._wake_up()
-                while self._ready and self._rooms:
+                while self._ready:
                     self._go_on(*self._ready.popleft())
+                while self._wishes and self._rooms and self._send(*self._wishes[0]):
+                    self._wishes.popleft()
                 if len(self._results) == len(conversations):
                     break
-                self._lease.queue.kick()
-                if not self._listen() and not (self._ready and self._rooms):
+                queue.kick()
+                if not self._listen():
                     self._lease.sleep(self._until())
         return [self._results[number] for number in range(len(conversations))]
-
-    def _hold(self, nbytes: int) -> Buffer:
-        room = self._held.enter_context(self._pool.take(nbytes))
-        self._held.enter_context(self._lease.holding(room))
-        return room
 
     def _wake_up(self) -> None:
         """Let those go on whose pause is over, or who have waited too long for an answer."""
@@ -129,22 +129,26 @@ class Dialogue(Generic[T]):
             return
         if isinstance(wish, Pause):
             self._paused.append((time.monotonic_ns() + int(wish.seconds * 1e9), number))
-            return
-        room = self._rooms.pop()
-        data = room if wish.nbytes <= room.nbytes else self._hold(wish.nbytes)
+        else:
+            self._wishes.append((number, wish))
+
+    def _send(self, number: int, wish: Command) -> bool:
+        """Send a command; false if the queue is full, of orphans of others then."""
+        target, _ = self._conversations[number]
+        room = self._rooms[-1]
+        data = room
+        if wish.nbytes > room.nbytes:
+            data = self._pool.take(wish.nbytes)
         data.view()[: wish.nbytes] = bytes(wish.nbytes)
         address = REPORT_LUNS_WLUN if wish.lun is None else encode_lun(target, wish.lun)
-        sent = self._lease.queue.submit(
-            command(address, wish.cdb, FROM_DEVICE if wish.nbytes else NO_DATA),
-            0,
-            wish.nbytes,
-            data.offset,
-            self._next_token,
-        )
-        assert sent, "no more rooms than slots"
+        template = command(address, wish.cdb, FROM_DEVICE if wish.nbytes else NO_DATA)
+        if not submit_holding(self._lease, template, wish.nbytes, data, self._next_token):
+            return False
+        self._rooms.pop()
         give_up = time.monotonic_ns() + self._patience
         self._turns[self._next_token] = _Turn(number, wish, room, data, give_up)
         self._next_token += 1
+        return True
 
     def _listen(self) -> bool:
         """Hear the replies that came; whether there were any."""
@@ -154,6 +158,8 @@ class Dialogue(Generic[T]):
             self._rooms.append(turn.room)
             if turn.conversation is not None:
                 self._ready.append((turn.conversation, reply_of(finished, turn.data, turn.command.nbytes)))
+            if turn.data is not turn.room:
+                turn.data.close()
         return bool(heard)
 
     def _until(self) -> int | None:
@@ -166,6 +172,15 @@ class Dialogue(Generic[T]):
         if self._deadline is not None:
             moments.append(self._deadline)
         return min(moments, default=None)
+
+
+def submit_holding(lease: Lease, template: Template, nbytes: int, data: Buffer, token: int) -> bool:
+    """Submit a request of the driver's own, which keeps `data` until it is back."""
+    data.hold()
+    if lease.queue.submit(template, 0, nbytes, data.offset, token, 0, data):
+        return True
+    data.let_go()
+    return False
 
 
 def command(address: bytes, cdb: bytes, direction: int, patches: Sequence[Patch] = ()) -> Template:
@@ -189,12 +204,13 @@ def execute(
     """One command, with `data` to the device or room for `nbytes` from it; the queue is the caller's."""
     direction = TO_DEVICE if data else FROM_DEVICE if nbytes else NO_DATA
     size = len(data) or nbytes
-    with contextlib.ExitStack() as held:
-        room = held.enter_context(pool.take(max(1, size)))
-        held.enter_context(lease.holding(room))
-        room.view()[:size] = data or bytes(size)
-        while not lease.queue.submit(command(address, cdb, direction), 0, size, room.offset, 0):
-            lease.settle(deadline)  # only orphans can have all slots
-        lease.queue.kick()
-        (finished,) = lease.gather(1, deadline)
-        return reply_of(finished, room, nbytes)
+    with pool.take(max(1, size)) as room:
+        try:
+            room.view()[:size] = data or bytes(size)
+            while not submit_holding(lease, command(address, cdb, direction), size, room, 0):
+                lease.settle(deadline)  # only orphans can have all slots
+            lease.queue.kick()
+            (finished,) = lease.gather(1, deadline)
+            return reply_of(finished, room, nbytes)
+        finally:
+            lease.queue.abandon(0)

@@ -86,6 +86,7 @@ class Unit:
     limits: scsi.BlockLimits = scsi.BlockLimits()
     provisioning: scsi.LogicalBlockProvisioning = scsi.LogicalBlockProvisioning()
     problem: str = ""
+    silent: bool = False  # it may be there, and as it was
 
     @property
     def read_only(self) -> bool:
@@ -97,15 +98,15 @@ Conversation: TypeAlias = Generator[Command | Pause, Reply, T]
 
 
 def list_units(target: int, max_lun: int) -> Conversation[list[int] | None]:
-    """The numbers of a target's units, up to `max_lun`; None if there is no target, or it is dead.
+    """The numbers of a target's units, up to `max_lun`: none if there is no target, None if it is silent.
 
     REPORT LUNS to LUN 0, else to the well-known unit, else one number after another (SPC-4, 6.33).
     """
     first = yield from _ask(0, scsi.inquiry(), 255)
     if first.response in _ABSENT:
-        return None
+        return []
     if first is NO_ANSWER:
-        return [0]
+        return None
     reply = yield from _report_luns(0)
     if reply.good:
         luns = _numbers(reply, scsi.decode_lun)
@@ -163,7 +164,7 @@ def probe_unit(lun: int) -> Conversation[Unit | None]:
     """One unit: what it is, whether it is ready, how large; None if nothing is there."""
     reply = yield from _ask(lun, scsi.inquiry(), 255)
     if reply is NO_ANSWER:
-        return Unit(lun, scsi.Inquiry(), problem="no answer to INQUIRY")
+        return Unit(lun, scsi.Inquiry(), problem="no answer to INQUIRY", silent=True)
     inquiry = _present(reply)
     if inquiry is None:
         return None
@@ -173,7 +174,7 @@ def probe_unit(lun: int) -> Conversation[Unit | None]:
         return Unit(lun, inquiry, problem=f"{what}, not a disk")
     reply = yield from _ready(lun)
     if not reply.good:
-        return Unit(lun, inquiry, problem=_describe("not ready", reply))
+        return Unit(lun, inquiry, problem=_describe("not ready", reply), silent=reply is NO_ANSWER)
     capacity, wide, problem = yield from _capacity(lun)
     if problem:
         return Unit(lun, inquiry, problem=problem)

@@ -14,6 +14,8 @@ from virtio.wire.blk import BlkFeature
 from virtio.wire.virtio import feature_names
 from virtio.wire.virtio_scsi import (
     CDB_SIZE,
+    MAX_LUN,
+    MAX_TARGET,
     SENSE_SIZE,
     Event,
     EventType,
@@ -123,7 +125,7 @@ class ScsiDevice(Device):
         """Ask every target for its units, many at once."""
         lease = self.spare or self.leases[0]
         with lease:
-            self._find(lease, range(self.config.max_target + 1), deadline)
+            self._find(lease, self._targets, deadline)
         return self._in_order()
 
     def follow(self) -> None:
@@ -131,15 +133,24 @@ class ScsiDevice(Device):
         self._events.listen(self._event_port, weakly(self._happened))
         super().follow()
 
+    @property
+    def _targets(self) -> range:
+        """Every target that there may be and that can be addressed."""
+        return range(min(self.config.max_target, MAX_TARGET) + 1)
+
     def _in_order(self) -> list[Disk]:
         return [self._disks[at] for at in sorted(self._disks)]
 
     def _find(self, lease: Lease, targets: Iterable[int], deadline: int | None) -> None:
         """Make `units` and the disks of these targets what they are now."""
-        max_lun = self.config.max_lun
+        max_lun = min(self.config.max_lun, MAX_LUN)
         asked = list(targets)
         lists = self._ask(lease, [(target, list_units(target, max_lun)) for target in asked], deadline)
-        there = [(target, lun) for target, luns in zip(asked, lists, strict=True) for lun in luns or ()]
+        there = [
+            (target, lun)
+            for target, luns in zip(asked, lists, strict=True)
+            for lun in (self._known(target) or [0] if luns is None else luns)
+        ]
         units = self._ask(lease, [(target, probe_unit(lun)) for target, lun in there], deadline)
         found = {at: unit for at, unit in zip(there, units, strict=True) if unit is not None}
         for at in [at for at in self.units if at[0] in asked and at not in found]:
@@ -163,8 +174,9 @@ class ScsiDevice(Device):
         target, lun = at
         problem = unit.problem
         if not problem and unit.capacity is not None:
-            problem = block_size_problem(unit.capacity.block_size)
-        if problem and at in self._disks and before is not None and before.inquiry == unit.inquiry:
+            problem = block_size_problem(unit.capacity.block_size, self.config.max_sectors)
+        same = unit.silent or (before is not None and before.inquiry == unit.inquiry)
+        if problem and at in self._disks and same:
             log.warning("target %d LUN %d: %s", target, lun, problem)
             return
         self.units[at] = unit
@@ -174,6 +186,9 @@ class ScsiDevice(Device):
         elif unit != before or at not in self._disks:
             doubted = functools.partial(weakly(self._doubted), at)
             self._disks[at] = make_disk(target, unit, self.config, self._depth, doubted)
+
+    def _known(self, target: int) -> list[int]:
+        return [lun for number, lun in self.units if number == target]
 
     def _forget(self, at: tuple[int, int]) -> None:
         self.units.pop(at, None)
@@ -192,19 +207,19 @@ class ScsiDevice(Device):
         """An event of the device (5.6.6.3); those that cannot be told apart mean: look at all."""
         kind = None if event is None else event.type
         if event is None or event.missed:
-            self._rescan_soon(range(self.config.max_target + 1))
+            self._rescan_soon(self._targets)
             return
         if kind == EventType.NO_EVENT:
             return
         try:
             target, lun = decode_lun(event.lun)
         except ProtocolError:
-            self._rescan_soon(range(self.config.max_target + 1))
+            self._rescan_soon(self._targets)
             return
         if kind == EventType.PARAM_CHANGE and (target, lun) in self.units:
             at = target, lun
             self.chores.add(("unit", at), functools.partial(self._revalidate, at))
-        elif target <= self.config.max_target:
+        elif target in self._targets:
             self._rescan_soon([target])
 
     def _rescan_soon(self, targets: Iterable[int]) -> None:
@@ -214,7 +229,7 @@ class ScsiDevice(Device):
 
     def rescan(self, targets: Iterable[int] | None = None) -> None:
         """Look for the units of these targets, or of all, again; `report` is told."""
-        asked = range(self.config.max_target + 1) if targets is None else targets
+        asked = self._targets if targets is None else targets
         with self._own_queue() as (lease, deadline):
             self._find(lease, asked, deadline)
             self.report(self._in_order())

@@ -29,8 +29,10 @@ _SECTOR = 512  # the unit of max_sectors
 _MOST_10 = 0xFFFF  # blocks in a command of 10 bytes
 
 
-def block_size_problem(block: int) -> str:
+def block_size_problem(block: int, max_sectors: int) -> str:
     """Why blocks of so many bytes cannot be used; empty if they can."""
+    if max_sectors and block > max_sectors * _SECTOR:
+        return f"blocks of {block} bytes, and max_sectors {max_sectors} lets no request have one"
     if block % _SECTOR or block & (block - 1) or not 0 < block <= MAX_TRANSFER:
         return f"blocks of {block} bytes, want a power of two from {_SECTOR} to {MAX_TRANSFER}"
     return ""

@@ -67,6 +67,8 @@ def explain(finished: Finished, offset: int, transfer: bool) -> DeviceError | No
         code, transient = _BY_KEY.get(decoded.key, (code, transient))
         code = _BY_CODE.get(decoded.asc, code)
         words = decoded.describe()
+        if decoded.key == SenseKey.RECOVERED_ERROR and not decoded.deferred and not response.residual:
+            return None  # the device had trouble, and has done it all the same (SPC-4, 4.5.6)
     elif response.status != scsi.Status.GOOD:
         code, transient = _BY_STATUS.get(response.status, (code, transient))
         words = f"SCSI status {_name(scsi.Status, response.status)}"

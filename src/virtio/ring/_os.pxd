@@ -5,6 +5,7 @@ from libc.stdint cimport uint64_t
 cdef extern from * nogil:
     """
     #include <errno.h>
+    #include <poll.h>
     #include <stdint.h>
     #include <time.h>
     #include <unistd.h>
@@ -22,10 +23,9 @@ cdef extern from * nogil:
     }
     static inline int vr_signal_eventfd(int fd) {
         uint64_t one = 1;
-        while (write(fd, &one, sizeof one) < 0) {
-            if (errno == EINTR) continue;
-            return errno == EAGAIN ? 0 : errno;
-        }
+        struct pollfd room = {fd, POLLOUT, 0};
+        if (poll(&room, 1, 0) == 0) return 0;
+        if (write(fd, &one, sizeof one) < 0 && errno != EAGAIN && errno != EINTR) return errno;
         return 0;
     }
     """

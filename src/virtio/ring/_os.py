@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
+
+from virtio.ring import eventfd
 
 
 def now_ns() -> int:
@@ -17,11 +18,10 @@ def relax() -> None:
 
 
 def signal_eventfd(fd: int) -> int:
-    """Add one to a non-blocking eventfd; 0, or the errno. A full counter counts as signalled."""
+    """Add one to an eventfd; 0, or the errno. A full one counts as signalled, and is left alone: whoever
+    shares it may have made it block."""
     try:
-        os.eventfd_write(fd, 1)
-    except BlockingIOError:
-        return 0
+        eventfd.signal(fd)
     except OSError as error:
         return error.errno or 0
     return 0

@@ -66,6 +66,11 @@ class Buffer:
         if self.closed:
             raise ClosedError("this buffer was closed")
 
+    def __del__(self) -> None:
+        if not self.closed:  # dropped without it: nobody can use these bytes any more
+            self.closed = True
+            self._give_back()
+
     def view(self) -> memoryview:
         """The bytes, for this library's own use: not counted in `exports`."""
         self.check()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import select
@@ -22,6 +21,7 @@ from virtio.errors import (
     TransportError,
     VirtioError,
 )
+from virtio.ring import eventfd
 from virtio.ring.requests import (
     BROKEN,
     DONE,
@@ -50,17 +50,12 @@ log = logging.getLogger("virtio.ring")
 
 _RETIRE_S = 5.0
 _TURN_S = 10.0  # how long a caller waits for one who has borrowed its lease
+_ENTERED_S = 1.0  # and for one who submits: that takes microseconds
+_IN_USE = "another thread is inside a call on this queue: open a channel in each thread"
 _TRIES = 8  # of a request that a transient error hits
 _PAUSE_S = 0.001  # before the second try; longer before each further one
+_FOREVER_S = 1e6  # longer than poll(2) can wait, and anybody
 _SLICE_NS = 20_000_000  # how long a compiled loop may keep a Ctrl-C waiting
-
-
-def make_eventfd() -> int:
-    """A non-blocking eventfd, closed in programs that are run; TransportError when none is left."""
-    try:
-        return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    except OSError as error:
-        raise TransportError(error.errno or errno.EMFILE, "no eventfd to be had: see `ulimit -n`") from error
 
 
 _REASONS = {
@@ -76,8 +71,10 @@ _REASONS = {
 
 
 def deadline_in(seconds: float | None) -> int | None:
-    """The moment, on the monotonic clock in nanoseconds, that is so many seconds away."""
-    return None if seconds is None else time.monotonic_ns() + int(seconds * 1e9)
+    """The moment, on the monotonic clock in nanoseconds, that is so many seconds away; None: never."""
+    if seconds is None or seconds > _FOREVER_S:
+        return None
+    return time.monotonic_ns() + int(seconds * 1e9)
 
 
 def _let_go(buffers: Iterable[Buffer]) -> None:
@@ -94,7 +91,7 @@ class Life:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.fd = make_eventfd()
+        self.fd = eventfd.make_eventfd()
         self.error: VirtioError | None = None
         self.on_end: Callable[[VirtioError], None] = lambda error: None  # called once, in any thread
         self._queues: list[RequestQueue] = []
@@ -180,14 +177,33 @@ class Lease:
         if not self._lock.acquire(blocking=False) and (
             self._inside or not self._lock.acquire(timeout=_TURN_S)
         ):
-            raise ChannelInUse("another thread is inside a call on this queue: open a channel in each thread")
+            raise ChannelInUse(_IN_USE)
         try:
             self.life.check()
+            self._enter(None)
         except BaseException:
             self._lock.release()
             raise
-        self._inside = self.queue.taken = True
+        self._inside = True
         return self
+
+    def _enter(self, deadline: int | None) -> None:
+        """Keep everybody from submitting one by one, who holds no lock; for who holds it."""
+        self.queue.taken = True
+        if self.queue.entered:
+            end = time.monotonic() + _ENTERED_S
+            while self.queue.entered:
+                if time.monotonic() > end or (deadline is not None and time.monotonic_ns() >= deadline):
+                    self.queue.taken = False
+                    raise ChannelInUse(_IN_USE)
+                time.sleep(0)
+
+    def wait_turn(self, deadline: int | None) -> None:
+        """Wait for whoever has borrowed the queue; ChannelInUse if a caller has it, or RequestTimeout."""
+        if self._inside:
+            raise ChannelInUse(_IN_USE)
+        with self.borrow(deadline):
+            pass
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         late = kind is not None and issubclass(kind, RequestTimeout) and self.queue.orphans > 0
@@ -206,30 +222,34 @@ class Lease:
             raise RequestTimeout(f"a queue of {self.life.name} was never idle")
         try:
             self.life.check()
-            self.queue.taken = True
+            self._enter(deadline)
             yield
         finally:
             self._leave()
 
     def _leave(self) -> None:
-        self.queue.taken = False
-        if self.queue.awaited:  # by somebody whose wake-up we may have taken
-            with contextlib.suppress(BlockingIOError, OSError):
-                os.eventfd_write(self.completion_fd, 1)
-        self._lock.release()
+        try:
+            self.queue.taken = False
+            if self.queue.awaited:  # by somebody whose wake-up we may have taken
+                eventfd.signal(self.completion_fd)
+        finally:
+            self._lock.release()
 
     def pause(self, deadline: int | None) -> None:
         """Have the queue to oneself, even amid a call, which waits for `resume`; RequestTimeout."""
         self._running.clear()
         self.queue.pause(True)
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_write(self.completion_fd, 1)  # who sleeps wakes up and sees
+        eventfd.signal(self.completion_fd)  # who sleeps wakes up and sees
         left = -1 if deadline is None else max(0.0, (deadline - time.monotonic_ns()) / 1e9)
         if not self._lock.acquire(timeout=left):
             self.queue.pause(False)
             self._running.set()
             raise RequestTimeout(f"a call on a queue of {self.life.name} does not pause")
-        self.queue.taken = True
+        try:
+            self._enter(deadline)
+        except ChannelInUse:
+            self._lock.release()
+            raise
 
     def resume(self) -> None:
         """Let go of what `pause` took; calls go on."""
@@ -307,7 +327,8 @@ class Lease:
                     if failure is None:
                         task.succeed(finished.token)
                         continue
-                    if failure.transient and task.load is None and self._try_again(finished.token, tries):
+                    again = failure.transient and task.load is None
+                    if again and self._try_again(finished.token, tries, deadline):
                         task.again(finished.token)
                         continue
                     task.fail(finished.token, failure.errno or 0)
@@ -319,7 +340,7 @@ class Lease:
                     f"{self.queue.segment_bytes}"
                 )
             elif reason in (BROKEN, LOST):
-                self._raise_broken()
+                self.raise_broken()
             elif reason == PAUSED:
                 self._park()
             else:
@@ -341,10 +362,11 @@ class Lease:
             _REASONS[reason],
         )
 
-    def _try_again(self, part: int, tries: dict[int, int]) -> bool:
+    def _try_again(self, part: int, tries: dict[int, int], deadline: int | None) -> bool:
         """Whether a part that a transient error hit is worth another try; waits a little before."""
         tries[part] = tries.get(part, 0) + 1
-        if tries[part] > _TRIES:
+        late = deadline is not None and time.monotonic_ns() >= deadline
+        if tries[part] > _TRIES or late or self.life.error is not None:
             return False
         if tries[part] > 1:
             time.sleep(_PAUSE_S * tries[part])
@@ -357,7 +379,7 @@ class Lease:
             left = -1 if deadline is None else max(0, deadline - time.monotonic_ns())
             for fd, _ in self._poll.poll(None if left < 0 else left / 1e6):
                 if fd == self.completion_fd:
-                    self._drain()
+                    eventfd.drain(self.completion_fd)
         self.queue.disarm()
         if self._told:
             slept = (time.monotonic_ns() - begun) // 1000
@@ -376,7 +398,7 @@ class Lease:
             yield
         finally:
             kept = Kept(0, buffers)
-            kept.count = self.queue.abandon(0, kept)
+            self.queue.abandon(0, kept)
             if not kept.count:
                 _let_go(buffers)
 
@@ -397,7 +419,7 @@ class Lease:
         if self._told:
             log.debug("queue %d: %d answers are here", self.completion_fd, len(finished))
         if self.queue.broken:
-            self._raise_broken()
+            self.raise_broken()
         return finished
 
     def settle(self, deadline: int | None, *, changes: bool = False) -> None:
@@ -408,21 +430,16 @@ class Lease:
         while True:
             if self.queue.paused:
                 self._park()
+            self.queue.kick()  # one of them may not have been shown yet
             self.queue.look()
             self.queue.sweep()
             if self.queue.broken:
-                self._raise_broken()
+                self.raise_broken()
             left = self.queue.orphan_changes if changes else self.queue.orphans
             if not left:
                 return
             self._check_deadline(deadline, left)
             self.sleep(deadline)
-
-    def _drain(self) -> None:
-        try:
-            os.eventfd_read(self.completion_fd)
-        except BlockingIOError:
-            pass  # somebody else's wake-up, or a peer that plays with it
 
     def _check_deadline(self, deadline: int | None, waiting: int) -> None:
         if deadline is not None and time.monotonic_ns() >= deadline:
@@ -430,7 +447,8 @@ class Lease:
                 f"{self.life.name} has not answered {waiting} requests in time; they may still take effect"
             )
 
-    def _raise_broken(self) -> None:
+    def raise_broken(self) -> None:
+        """Raise what has ended the device, or this queue."""
         if self.queue.broken:
             self.life.end(ProtocolError(f"{self.life.name} broke its ring: {self.queue.ring.fault()}"))
         self.life.check()

@@ -7,6 +7,7 @@ import fcntl
 import mmap
 import os
 import threading
+import weakref
 from array import array
 from collections import deque
 from typing import NamedTuple
@@ -55,6 +56,7 @@ class Region:
                 "see `ulimit -v`, `ulimit -n`, /proc/meminfo and the memory control group",
             ) from error
         self.view = memoryview(memory)
+        _mapped.add(memory)
         self.address = address_of(self.view)
 
     def __del__(self) -> None:
@@ -67,6 +69,18 @@ class Region:
             os.close(self.fd)
         self.fd = -1
         self.view = memoryview(b"")
+
+
+_mapped: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+_inherited: list[mmap.mmap] = []
+
+
+def _after_fork_in_child() -> None:
+    """The child does not have those mappings (MADV_DONTFORK), and must not unmap what takes their place."""
+    _inherited.extend(_mapped)
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _map(nbytes: int) -> tuple[int, mmap.mmap, bool]:

@@ -80,7 +80,7 @@ cdef class RequestQueue:
     cdef readonly uint32_t slots, segments, orphans, orphan_changes
     cdef readonly uint64_t segment_bytes
     cdef readonly bint indirect
-    cdef public bint broken, taken, awaited
+    cdef public bint broken, taken, entered, awaited
     cdef list _kept
     cdef object _buffer, _layout, _region_view, _table_array
     cdef object _records_owner, _free_array, _faults_array, _ended_array, _early_array, _stop_owner
@@ -120,7 +120,7 @@ cdef class RequestQueue:
     @cython.locals(room=uint64_t, part=uint64_t, data=uint64_t, slot=int)
     cdef int _fill_load(self, Task task) noexcept nogil
     @cython.locals(moved=uint64_t, slot=uint32_t, record=size_t, base=size_t, same=bint, i=int, patch=size_t,
-                   source=int, value=uint64_t)
+                   source=int, value=uint64_t, key=uint32_t, laid=int)
     cdef int _start(self, Template template, uint64_t offset, uint64_t nbytes, uint64_t data,
                     uint64_t token, uint32_t state) noexcept nogil
     @cython.locals(count=uint32_t, total=uint32_t, index=uint32_t, place=uint64_t, left=uint64_t,

@@ -339,8 +339,9 @@ class RequestQueue:
     Owns nothing but its private state: memory, doorbell and descriptors are its maker's.
 
     A request whose caller does not wait any more is an *orphan*: `orphans` counts them, and
-    `orphan_changes` those that may yet change the disk. `taken` says that somebody is inside a call,
-    and `awaited` that somebody sleeps on the completion descriptor between calls.
+    `orphan_changes` those that may yet change the disk. `taken` says that somebody has the queue for
+    a call, `entered` that somebody submits or polls, and `awaited` that somebody sleeps on the
+    completion descriptor between calls.
     """
 
     def __init__(
@@ -355,8 +356,12 @@ class RequestQueue:
         segment_bytes: int = 1 << 30,
         indirect: bool,
         event_idx: bool,
+        number: int = 0,
     ) -> None:
-        """`memory` is `queue_bytes(...)` of `region`; data segments are at most `segment_bytes`."""
+        """`memory` is `queue_bytes(...)` of `region`; data segments are at most `segment_bytes`.
+
+        Queues of one device with different numbers give their requests different tags.
+        """
         stride, response, table, slots = _shape(size, layout, segments, indirect)
         end = _split.areas(size)[2]
         self._buffer: Buffer | None = memory  # keeps the region's bytes lent
@@ -366,7 +371,7 @@ class RequestQueue:
         self.indirect = indirect
         self.orphans = self.orphan_changes = 0
         self.broken = False
-        self.taken = self.awaited = False
+        self.taken = self.entered = self.awaited = False
         self._doorbell = Doorbell()
         self._layout = layout
         self._region_view = region
@@ -398,7 +403,7 @@ class RequestQueue:
         self._early = window(self._early_array)
         self._early_count = 0
         self._kept: list[Kept | Buffer | None] = [None] * slots
-        self._sequence = 0
+        self._sequence = number << 48
         self._stop_owner = bytearray(4)
         self._stop = window(self._stop_owner)
         self._nothing = Task(Template(b""), memoryview(array("Q")), 1, 1)
@@ -607,16 +612,17 @@ class RequestQueue:
     def abandon(self, owner: int, kept: Kept | None = None) -> int:
         """Make orphans of all single requests of an owner, who wants no answers any more.
 
-        How many are in flight: these use `kept`, or what they had. Those that are back are done.
+        How many there were. Those that are in flight use `kept`, which counts them, or what they had.
         """
+        count = 0
         for _ in range(self._ended_count):
             slot = self._next_ended()
             if load_u32(self._records, _RECORD * slot + _OWNER) == owner:
                 self._release(slot)
                 self._let_go(slot)
+                count += 1
             else:
                 self._put_ended(slot)
-        count = 0
         for slot in range(self.slots):
             record = _RECORD * slot
             mine = load_u32(self._records, record + _OWNER) == owner
@@ -624,6 +630,7 @@ class RequestQueue:
                 self._orphan(slot)
                 if kept is not None:
                     self._kept[slot] = kept
+                    kept.count += 1
                 count += 1
         return count
 
@@ -818,9 +825,14 @@ class RequestQueue:
             same = self._segment(data, moved) == moved
             if same:
                 self._move_data(slot, base, template, data)
-        if not same and self._lay_out(slot, base, template, data, moved) < 0:
-            store_u32(self._records, record + _KEY, 0)
-            return _MISFIT
+        key = template.key
+        if not same:
+            laid = self._lay_out(slot, base, template, data, moved)
+            if laid < 0:
+                store_u32(self._records, record + _KEY, 0)
+                return _MISFIT
+            if laid > 1:
+                key = 0  # next time too: only one data descriptor can be moved
         self._free_count -= 1
         self._sequence += 1
         for i in range(template._patch_count):
@@ -842,7 +854,7 @@ class RequestQueue:
         store_u32(self._records, record + _STATE, state)
         store_u32(self._records, record + _OWNER, 0)
         store_u32(self._records, record + _CHANGES, template.changes)
-        store_u32(self._records, record + _KEY, template.key)
+        store_u32(self._records, record + _KEY, key)
         store_u64(self._records, record + _LENGTH, nbytes)
         store_u64(self._records, record + _OFF, offset)
         store_u64(self._records, record + _DATA, data)
@@ -858,7 +870,7 @@ class RequestQueue:
             store_u8(self._region, base + self._result_at, 0xFF)
 
     def _lay_out(self, slot: int, base: int, template: Template, data: int, nbytes: int) -> int:
-        """Write a slot's header and descriptors; -1 if the data has too many segments."""
+        """Write a slot's header and descriptors: the number of data segments, -1 if they are too many."""
         copy(self._region, base, template._mem, 0, template.request_bytes + template.payload_bytes)
         count = 0
         if template.direction != _NO_DATA:
@@ -896,7 +908,7 @@ class RequestQueue:
         if self.indirect:
             table = self._iova(base + self._table_at)
             self.ring.describe(slot, table, 16 * total, _INDIRECT, 0)
-        return 0
+        return count
 
     def _move_data(self, slot: int, base: int, template: Template, data: int) -> None:
         """Point the one data descriptor of a slot, which is written already, elsewhere."""
@@ -1005,9 +1017,8 @@ class RequestQueue:
         self._free_count += 1
 
     def _take(self, slot: int) -> Finished:
-        finished = self._report(slot)
-        self._release(slot)
-        return finished
+        self._release(slot)  # first: a Ctrl-C must not lose it
+        return self._report(slot)
 
     def _report(self, slot: int) -> Finished:
         record = _RECORD * slot

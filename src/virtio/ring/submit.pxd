@@ -29,14 +29,21 @@ cdef class Submitter:
     cdef readonly Geometry geometry
     cdef readonly Budget budget
     cdef public object _pool, _done, _later, _error
+    cdef public dict _tries
 
-    @cython.locals(geometry=Geometry)
+    cdef int _begin(self) except -1
+    @cython.locals(geometry=Geometry, room=int64_t)
     cpdef bint submit(self, Template template, int64_t offset, Buffer buffer, int64_t at, int64_t nbytes,
                       uint64_t token) except -1
     @cython.locals(sent=bint)
-    cpdef bint _queue(self, Template template, int64_t offset, int64_t nbytes, int64_t data, uint64_t token,
-                      Buffer buffer) except -1
-    @cython.locals(queue=RequestQueue, completions=list, slot=uint32_t, whose=uint32_t, token=uint64_t)
+    cdef bint _send(self, Template template, int64_t offset, int64_t nbytes, int64_t data, uint64_t token,
+                    Buffer buffer) except -1
+    cpdef bint submit_plain(self, Template template, int64_t offset, int64_t nbytes, int64_t most, int64_t data,
+                            uint64_t token) except -1
+    @cython.locals(found=bint)
+    cpdef bint cancel(self, uint64_t token) except -1
     cpdef list poll(self, int64_t limit=*)
+    @cython.locals(queue=RequestQueue, completions=list, slot=uint32_t, whose=uint32_t, token=uint64_t)
+    cdef list _poll(self, int64_t limit)
     @cython.locals(queue=RequestQueue)
     cpdef bint arm(self) except -1

@@ -62,6 +62,7 @@ class Submitter:
         self._pool: object = None  # whose buffers these requests use; None: closed
         self._done: deque[Completion] = deque()  # without having been with the device
         self._later: list[tuple[float, int]] = []  # requests to send again: when, and which slots
+        self._tries: dict[int, int] = {}  # of those, by token
         self._error: DeviceError | None = None  # of the request that was judged last
 
     # What the subclass adds.
@@ -88,33 +89,54 @@ class Submitter:
         """Send those requests again whose pause is over."""
         raise NotImplementedError
 
-    # The compiled calls.
+    # The compiled calls. While one is under way, nobody else is inside a call on the queue.
+
+    def _begin(self) -> None:
+        while self.queue.entered or self.queue.taken:
+            self._turn()
+        self.queue.entered = True
 
     def submit(
         self, template: Template, offset: int, buffer: Buffer, at: int, nbytes: int, token: int
     ) -> bool:
         """Queue a transfer between the disk at `offset` and the buffer at `at`."""
         geometry = self.geometry
+        room = buffer.nbytes
         if nbytes < 0:
-            nbytes = buffer.nbytes - at
-        if (
-            not geometry.online
-            or self.queue.taken
-            or buffer.closed
-            or buffer.pool is not self._pool
-            or at < 0
-            or at + nbytes > buffer.nbytes
-            or nbytes <= 0
-            or nbytes > geometry.max_transfer
-            or offset < 0
-            or offset + nbytes > geometry.size
-            or (offset | nbytes) & (geometry.block_size - 1)
-            or (template.changes and (geometry.read_only or self.queue.orphan_changes != 0))
-        ) and not self._examine(template, offset, nbytes, geometry.max_transfer, buffer, at):
-            return False
-        return self._queue(template, offset, nbytes, buffer.offset + at, token, buffer)
+            nbytes = room - at
+        self._begin()
+        try:
+            if (
+                not geometry.online
+                or buffer.closed
+                or buffer.pool is not self._pool
+                or at < 0
+                or nbytes <= 0
+                or at > room - nbytes
+                or nbytes > geometry.max_transfer
+                or offset < 0
+                or offset > geometry.size - nbytes
+                or (offset | nbytes) & (geometry.block_size - 1)
+                or (template.changes and (geometry.read_only or self.queue.orphan_changes != 0))
+            ) and not self._examine(template, offset, nbytes, geometry.max_transfer, buffer, at):
+                return False
+            return self._send(template, offset, nbytes, buffer.offset + at, token, buffer)
+        finally:
+            self.queue.entered = False
 
-    def _queue(
+    def submit_plain(
+        self, template: Template, offset: int, nbytes: int, most: int, data: int, token: int
+    ) -> bool:
+        """Queue a request without data of its own."""
+        self._begin()
+        try:
+            if not self._examine(template, offset, nbytes, most, None, 0):
+                return False
+            return self._send(template, offset, nbytes, data, token, None)
+        finally:
+            self.queue.entered = False
+
+    def _send(
         self, template: Template, offset: int, nbytes: int, data: int, token: int, buffer: Buffer | None
     ) -> bool:
         if self.budget.in_flight >= self.budget.depth:
@@ -135,18 +157,37 @@ class Submitter:
 
     def kick(self) -> None:
         """Show the device what was submitted; `poll` and `arm` do so too."""
-        if self.queue.taken:
-            self._turn()
+        self._begin()
         self.queue.kick()
+        self.queue.entered = False
+
+    def cancel(self, token: int) -> bool:
+        """Give up waiting for a request, which may still take effect; false if it is not in flight.
+
+        Its buffer stays busy until the device has returned it, and what it writes gets no other write
+        before that.
+        """
+        self._begin()
+        self.queue.kick()
+        found = self.queue.forsake(self.owner, token)
+        self.queue.entered = False
+        if found:
+            self.budget.in_flight -= 1
+        return found
 
     def poll(self, limit: int = 64) -> list[Completion]:
         """Show the device what was submitted, and hand out at most `limit` requests that are back.
 
         Oldest first, each with its token and its error or None. Never blocks.
         """
+        self._begin()
+        try:
+            return self._poll(limit)
+        finally:
+            self.queue.entered = False
+
+    def _poll(self, limit: int) -> list[Completion]:
         queue = self.queue
-        if queue.taken:
-            self._turn()
         if queue.awaited:
             queue.awaited = False
             queue.disarm()
@@ -170,6 +211,8 @@ class Submitter:
                     queue._release(slot)
                     queue._let_go(slot)
                     self.budget.in_flight -= 1
+                    if self._tries:
+                        self._tries.pop(token, None)
                     completions.append((token, None))
                 elif self._judge(slot, queue._report(slot)):
                     queue._release(slot)
@@ -188,15 +231,17 @@ class Submitter:
 
         True: nothing is back yet, and it is safe to sleep on the descriptor. False: `poll` first.
         """
-        queue = self.queue
-        if queue.taken:
-            self._turn()
-        queue.kick()
-        self._drain()
-        if self._done or self._later or queue._ended_count or not queue.arm():
-            return False
-        queue.awaited = True
-        return True
+        self._begin()
+        try:
+            queue = self.queue
+            queue.kick()
+            self._drain()
+            if self._done or self._later or queue._ended_count or not queue.arm():
+                return False
+            queue.awaited = True
+            return True
+        finally:
+            self.queue.entered = False
 
     def _drain(self) -> None:
         """Take what signals there are on the completion descriptor."""

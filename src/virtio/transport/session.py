@@ -114,6 +114,7 @@ class Session:
         self._socket = connect(path, timeout)
         self._decoder = Decoder()
         self._lock = threading.Lock()
+        self._pid = os.getpid()
         self.error: VirtioError | None = None
 
     def fileno(self) -> int:
@@ -125,7 +126,10 @@ class Session:
         return self._socket.fileno() < 0
 
     def close(self) -> None:
-        """Close the socket; idempotent."""
+        """Close the socket; idempotent. A child of a fork does not end its parent's connection."""
+        if os.getpid() == self._pid:  # a child that lives on has the socket too
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
         close_all(self._decoder.close())
         if self.error is None:
@@ -168,6 +172,9 @@ class Session:
             except OSError as error:
                 self.error = self._gone(message, error)
                 raise self._gone(message, error) from error
+            except BaseException:  # Ctrl-C: the answer may come yet, and must not be taken for another's
+                self.error = TransportError(errno.EINTR, f"{self.path}: interrupted at {message.name}")
+                raise
             finally:
                 if self.error is not None:  # the descriptor may be watched: `close` closes it
                     with contextlib.suppress(OSError):

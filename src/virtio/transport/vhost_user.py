@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 from virtio import control
 from virtio.errors import ProtocolError, RequestTimeout, TransportError, VirtioError
 from virtio.ring.doorbell import Doorbell
-from virtio.ring.lease import Life, make_eventfd
+from virtio.ring.eventfd import make_eventfd, signal
+from virtio.ring.lease import Life
 from virtio.ring.region import Mapping, Region
 from virtio.transport.base import QueuePort, RingAreas
 from virtio.transport.session import Session, close_all, receive, send_reply
@@ -233,7 +234,7 @@ class VhostUser:
                 self._session.tell(Request.SET_VRING_ENABLE, payload)
         self.set_status(self._status | Status.DRIVER_OK)
         for kick, _ in self._ports:
-            os.eventfd_write(kick, 1)
+            signal(kick)
 
     def stop(self) -> None:
         """Stop every ring and wait for each: afterwards the back end writes no memory (VHU-9)."""
@@ -273,7 +274,11 @@ class VhostUser:
         )
 
     def _open_back_channel(self) -> None:
-        self._back, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._back, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:
+            words = "no sockets for the channel back: see `ulimit -n`"
+            raise TransportError(error.errno or errno.EMFILE, words) from error
         self._decoder = Decoder()
         with theirs:
             self._back.setblocking(False)
