@@ -44,8 +44,9 @@ RECOVERY = "src/virtio/device/recovery.py"
 SCSI_WIRE = "src/virtio/wire/virtio_scsi.py"
 BDEV = "src/virtio_bdev/bdev.py"
 
-INIT, RING, USER, CLEAN, BLOCK, UNITS = (
-    f"{CONFORMANCE}/test_{name}.py" for name in ("init", "split_ring", "vhost_user", "cleanup", "blk", "scsi")
+INIT, RING, USER, CLEAN, BLOCK, UNITS, RESET = (
+    f"{CONFORMANCE}/test_{name}.py"
+    for name in ("init", "split_ring", "vhost_user", "cleanup", "blk", "scsi", "reset")
 )
 EXPLAIN = "tests/device/test_explain.py"
 
@@ -92,7 +93,7 @@ CLAUSES = [
     Clause("RFB-3", "S", "accept ORDER_PLATFORM and the like"),
     Clause("RFB-4", "M", "ORDER_PLATFORM: barriers of the hardware", _REVIEW + "SPL-19's test"),
     Clause("RFB-5", "M", "SR_IOV is not negotiated without its capability"),
-    Clause("RST-1", "S", "a reset is over when the status reads 0", "the reset is acknowledged instead"),
+    Clause("RST-1", "S", "a reset is over when the status reads 0"),
     Clause("CFG-1", "M", "no atomicity across 32 bits or several fields"),
     Clause("CFG-2", "M", "no optional field without its feature"),
     Clause(
@@ -611,7 +612,6 @@ MUTANTS = [
         for clause, bit in [
             ("VHU-20", 12),
             ("VHU-21", 14),
-            ("VHU-22", 13),
             ("VHU-25", 8),
             ("VHU-26", 19),
         ]
@@ -810,6 +810,20 @@ MUTANTS = [
         RECOVERY,
         "        yield TaskFunction.ABORT_TASK, header.lun, header.tag\n",
         "        yield TaskFunction.ABORT_TASK, header.lun, header.tag + 1\n",
+    ),
+    Mutant(
+        "VHU-22",
+        f"{RESET}::test_what_the_device_had_is_sent_again_and_completes_once",
+        FRONT,
+        "        if self._session.features & ProtocolFeature.RESET_DEVICE:\n",
+        "        if True:\n",
+    ),
+    Mutant(
+        "RST-1",
+        f"{RESET}::test_what_the_device_had_is_sent_again_and_completes_once",
+        DEVICE,
+        "        self.transport.renew()\n",
+        "        pass\n",
     ),
 ]
 

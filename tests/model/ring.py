@@ -193,6 +193,12 @@ class Ring:
         self.held.clear()
         self.chains.clear()
 
+    def forget(self) -> None:
+        """The device was reset: what it had is the driver's again."""
+        self.outstanding.clear()
+        self.held.clear()
+        self.chains.clear()
+
     def _close_fds(self) -> None:
         for fd in {self.kick, self.call, self.error} - {-1}:
             os.close(fd)

@@ -452,6 +452,7 @@ class Session:
             for ring in self.rings.values():
                 if ring.outstanding and ring.started:
                     self.violate("CLN-2", f"reset while ring {ring.index} has buffers, not stopped")
+                ring.forget()
             return
         if old & ~status & ~Status.DEVICE_NEEDS_RESET:
             self.violate("STA-1", f"status went from {old:#x} to {status:#x}: bits cleared")

@@ -480,7 +480,8 @@ def test_single_requests_of_several_owners_are_kept_apart_and_in_order(served):
     assert [f.token for f in bench.queue.poll(9, 2)] == [2, 5, 8]
     assert [f.token for f in bench.queue.poll(9, 1)] == [7]
     assert [one.held for one in kept] == [1, 0, 0, 1, 0, 0, 1, 0, 0]
-    assert bench.queue.abandon(0) == 0  # all of them are back
+    assert bench.queue.abandon(0) == 3  # all of them are back
+    assert bench.queue.orphans == 0
     assert [one.held for one in kept] == [0] * 9 and bench.queue.poll(9, 0) == []
 
 

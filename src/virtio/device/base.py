@@ -248,7 +248,7 @@ class Device(ABC):
             time.sleep(_LOOK_S)
 
     def _begin_again(self) -> None:
-        self.transport.stop()
+        self.transport.renew()
         if negotiate(self.transport, self.FEATURES, self.WANTED, 0) != self.features:
             raise ProtocolError(f"{self.transport.address} offers other features after a reset")
         for queue in self._queues:

@@ -55,7 +55,7 @@ class Transport(Protocol):
     allowed: int  # feature bits of rings and transport that may be accepted here
     required: int  # and those without which this transport does not work
     max_queues: int | None  # None: the transport sets no limit
-    resets: bool  # whether after `stop` the device surely knows nothing of requests that it had
+    resets: bool  # whether after `renew` the device surely knows nothing of requests that it had
     has_config: bool  # whether `read_config` works
 
     def reset(self) -> None: ...
@@ -70,6 +70,7 @@ class Transport(Protocol):
     def setup_queue(self, index: int, areas: RingAreas, base: int) -> QueuePort: ...
     def start(self) -> None: ...
     def stop(self) -> None: ...
+    def renew(self) -> None: ...  # stop, for a new initialization of the same device
     def close(self) -> None: ...
 
 

@@ -325,6 +325,10 @@ class Pci:
         """Reset the device: afterwards it uses no memory."""
         self.reset()
 
+    def renew(self) -> None:
+        """The same: a reset device is as new."""
+        self.stop()
+
     def close(self) -> None:
         """Reset the device if that can still be done, and let go of everything; idempotent."""
         if self._closed:

@@ -238,12 +238,20 @@ class VhostUser:
 
     def stop(self) -> None:
         """Stop every ring and wait for each: afterwards the back end writes no memory (VHU-9)."""
+        self._stop_rings()
+        self.reset()
+
+    def renew(self) -> None:
+        """Stop, and have the device as new, where `resets` says that this can be."""
+        self._stop_rings()
+        if self._session.features & ProtocolFeature.RESET_DEVICE:
+            self._session.tell(Request.RESET_DEVICE)
+        self.reset()
+
+    def _stop_rings(self) -> None:
         for index in range(len(self._ports)):
             payload = VringState(index, 0).encode()
             self._session.ask(Request.GET_VRING_BASE, VringState.decode, payload)
-        if self._session.features & ProtocolFeature.RESET_DEVICE and self._status:
-            self._session.tell(Request.RESET_DEVICE)
-        self.reset()
 
     def close(self) -> None:
         """Stop the rings if that can still be done, and let go of everything; idempotent."""
