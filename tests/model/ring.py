@@ -195,6 +195,7 @@ class Ring:
 
     def forget(self) -> None:
         """The device was reset: what it had is the driver's again."""
+        self._owner.clear()
         self.outstanding.clear()
         self.held.clear()
         self.chains.clear()
