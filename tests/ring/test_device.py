@@ -381,3 +381,21 @@ def test_without_event_idx_the_flag_says_whether_to_kick(memory):
     assert not ring.arm()  # something came meanwhile: do not sleep
     ring.disarm()
     assert not driver.offer(0)
+
+
+def test_a_chain_is_taken_up_again_as_it_is_by_then(memory):
+    driver, ring = pair(memory)
+    driver.chain([(GUEST + DATA, 3, 0), (GUEST + DATA + 16, 5, WRITE)])
+    driver.chain([(GUEST + DATA + 32, 7, 0)], 4)
+    driver.offer(0, 4)
+    assert (ring.pop(), ring.head) == (0, 0)
+    assert (ring.pop(), ring.head, ring.readable, ring.writable) == (4, 4, 7, 0)
+    memory[DATA : DATA + 3] = b"abc"
+    assert (ring.again(0), ring.head, ring.readable, ring.writable) == (0, 0, 3, 5)
+    assert ring.gather(0, 9) == b"abc"
+    ring.push(ring.head, ring.scatter(0, b"xy"))
+    assert (driver.take(), bytes(memory[DATA + 16 : DATA + 18])) == ([(0, 2)], b"xy")
+    driver.describe(4, 0x1000, 7)
+    assert ring.again(4) == -2 and ring.fault() == "nothing is mapped at 0x1000"
+    assert ring.again(99) == -2 and ring.fault() == "descriptor index 99 is outside its table"
+    assert ring.index == 2 and ring.pop() == -1

@@ -41,7 +41,7 @@ cdef class GuestMemory:
 
 @cython.final
 cdef class DeviceRing:
-    cdef readonly uint32_t size
+    cdef readonly uint32_t size, head
     cdef readonly uint64_t readable, writable
     cdef readonly bint event_idx, indirect
     cdef public int call_fd
@@ -56,6 +56,7 @@ cdef class DeviceRing:
 
     @cython.locals(pending=uint16_t, head=uint16_t)
     cpdef int pop(self) noexcept nogil
+    cpdef int again(self, uint32_t head) noexcept nogil
     @cython.locals(
         table=Mem, base=uint64_t, at=uint64_t, index=uint32_t, count=uint32_t, left=uint32_t,
         nested=bint, address=uint64_t, length=uint32_t, flags=uint16_t, following=uint16_t,

@@ -106,6 +106,7 @@ class DeviceRing:
         self.event_idx = event_idx
         self.indirect = indirect
         self.readable = self.writable = 0
+        self.head = 0
         self.call_fd = -1
         self._mask = size - 1
         self._avail_idx = base
@@ -142,7 +143,7 @@ class DeviceRing:
     def pop(self) -> int:
         """Take the next chain (2.7.14): its head, -1 if there is none, -2 if the driver erred.
 
-        `readable` and `writable` are then the bytes of its two parts.
+        `head` says it too, and `readable` and `writable` are the bytes of the chain's two parts.
         """
         pending = (load_acquire_u16(self._avail, _IDX) - self._avail_idx) & 0xFFFF
         if pending == 0:
@@ -153,6 +154,18 @@ class DeviceRing:
         if self._walk(head) < 0:
             return _BROKEN
         self._avail_idx = (self._avail_idx + 1) & 0xFFFF
+        self.head = head
+        return head
+
+    def again(self, head: int) -> int:
+        """Take up a chain that was popped and not pushed yet, in place of the last: as `pop` does.
+
+        It is read anew, so it is the same only if the driver let it alone, as it has to, and is
+        where the map of today has it.
+        """
+        if self._walk(head) < 0:
+            return _BROKEN
+        self.head = head
         return head
 
     def _walk(self, head: int) -> int:
