@@ -6,10 +6,10 @@ import struct
 import pytest
 from hypothesis import given, strategies as st
 
-from tests.target.perform import perform
+from tests.target.perform import Queue, perform
 from virtio.errors import ProtocolError
 from virtio.target.blk import BlkDevice
-from virtio.target.store import FaultyStore, FileStore, MemoryStore
+from virtio.target.store import Faults, FaultyStore, FileStore, MemoryStore
 
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES, SECURE_ERASE = 0, 1, 4, 8, 11, 13, 14
 OK, IOERR, UNSUPP = b"\0", b"\1", b"\2"
@@ -133,7 +133,7 @@ def test_a_read_only_disk_is_not_written():
 
 
 def test_failures_of_the_store_are_errors_of_the_request():
-    store = FaultyStore(MemoryStore(MIB), {"read": 4096, "write": 0, "flush": 0, "zero": 512})
+    store = FaultyStore(MemoryStore(MIB), Faults({"read": 4096, "write": 0, "flush": 0, "zero": 512}))
     device = BlkDevice(store, queues=1)
     status = lambda *request: perform(device.handle, *request)[1][-1]  # noqa: E731
     assert status([header(IN, 7)], [512, 1]) == OK
@@ -166,3 +166,84 @@ def test_discard_gives_the_blocks_of_a_file_back(tmp_path):
     assert os.stat(path).st_blocks == before - 1024
     assert path.stat().st_size == MIB
     assert path.read_bytes()[256 * 1024 : 768 * 1024] == bytes(512 * 1024)
+
+
+def test_a_disk_of_another_size_says_so_in_its_configuration():
+    device = BlkDevice(MemoryStore(MIB), queues=1)
+    before = device.config
+    device.resize(2 * MIB)
+    assert device.config == struct.pack("<Q", 4096) + before[8:]
+    assert perform(device.handle, [header(IN, 4095)], [512, 1])[1][1] == OK
+    device.resize(MIB)
+    assert device.config == before
+    assert perform(device.handle, [header(IN, 4095)], [512, 1])[1][1] == IOERR
+
+
+def test_without_faults_no_request_is_looked_at_twice():
+    device = BlkDevice(MemoryStore(MIB), queues=2)
+    assert device.handlers == [device.handle] * 2
+    device.faults.hang = True
+    device.refault()
+    assert device.handlers[0] != device.handle
+    device.faults.hang = False
+    device.refault()
+    assert device.handlers == [device.handle] * 2
+
+
+def test_each_so_many_th_request_for_data_fails():
+    device = BlkDevice(MemoryStore(MIB), queues=1)
+    device.faults.every = 2
+    device.refault()
+    said = []
+    for readable, writable in (
+        ([header(IN)], [512, 1]),
+        ([header(FLUSH)], [1]),
+        ([header(OUT), bytes(512)], [1]),
+        ([header(DISCARD), sectors(0, 1)], [1]),
+        ([header(WRITE_ZEROES), sectors(0, 1)], [1]),
+    ):
+        said.append(perform(device.handlers[0], readable, writable)[1][-1])
+    assert said == [OK, OK, IOERR, OK, IOERR]
+
+
+def test_a_hung_disk_answers_when_it_no_longer_hangs():
+    device = BlkDevice(MemoryStore(MIB), queues=1)
+    device.faults.hang = True
+    device.refault()
+    queue = Queue()
+    queue.put(0, header(IN), 513)
+    queue.put(1, header(FLUSH), 1)
+    queue.serve(device.handlers[0])
+    device.tend()
+    assert queue.take(16) == {}
+    device.faults.hang = False
+    device.refault()
+    device.resume()
+    assert list(queue.take(16).items()) == [(0, bytes(513)), (1, OK)]
+
+
+def test_a_slow_disk_takes_its_time_for_data_and_for_nothing_else(monkeypatch):
+    now = [5.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    device = BlkDevice(FaultyStore(MemoryStore(MIB), Faults(delay=2.0)), queues=1)
+    queue = Queue()
+    queue.put(0, header(IN), 513)
+    queue.put(1, header(GET_ID), 21)
+    queue.serve(device.handlers[0])
+    assert device.tend() == 2.0
+    assert list(queue.take(16)) == [1]
+    now[0] += 2
+    assert device.tend() == -1
+    assert queue.take(16) == {0: bytes(513)}
+
+
+def test_what_is_held_of_a_ring_that_stops_is_forgotten():
+    device = BlkDevice(MemoryStore(MIB), queues=1)
+    device.faults.hang = True
+    device.refault()
+    queue = Queue()
+    queue.put(0, header(IN), 513)
+    queue.serve(device.handlers[0])
+    device.drop(queue.ring)
+    device.resume()
+    assert queue.take(16) == {}

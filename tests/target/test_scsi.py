@@ -4,8 +4,10 @@ import itertools
 
 import pytest
 
-from virtio.target.scsi import LogicalUnit, Overrun, Target
-from virtio.target.store import FaultyStore, MemoryStore, Store
+from virtio.errors import RequestError
+from virtio.target.scsi import CAPACITY_CHANGED, LUNS_CHANGED, LogicalUnit, Overrun, ReportLuns, Target
+from virtio.target.store import Faults, FaultyStore, MemoryStore, Store
+from virtio.wire.scsi import Sense, SenseKey
 
 GOOD, CHECK_CONDITION = 0x00, 0x02
 MIB = 1 << 20
@@ -95,11 +97,13 @@ def test_inquiry():
         (0x00, "00 00 0006 00 80 83 b0 b1 b2"),
         (0x80, "00 80 0003 532f4e"),
         # ASCII, about the unit, T10 vendor identification: the vendor, then the serial number
-        (0x83, "00 83 000f 02 01 00 0b 56495254494f2020 532f4e"),
-        # WSNZ, no COMPARE AND WRITE, no granularity, at most 65535 blocks in a transfer, no optimum, no
-        # PREFETCH, 2**22 blocks and 256 descriptors in an UNMAP, granule 8 and its alignment 0 (valid),
-        # 2**22 blocks in a WRITE SAME
-        (0xB0, "00 b0 003c 01 00 0000 0000ffff 00000000 00000000 00400000 00000100 00000008 80000000"
+        (0x83, "00 83 001b 02 01 00 0b 56495254494f2020 532f4e"
+               # binary, about the unit, NAA: 3, locally assigned, then 60 bits from the serial number
+               "01 03 00 08 3fdff158898627e7"),
+        # WSNZ, at most 255 blocks in a COMPARE AND WRITE, no granularity, at most 65535 blocks in a
+        # transfer, no optimum, no PREFETCH, 2**22 blocks and 256 descriptors in an UNMAP, granule 8 and
+        # its alignment 0 (valid), 2**22 blocks in a WRITE SAME
+        (0xB0, "00 b0 003c 01 ff 0000 0000ffff 00000000 00000000 00400000 00000100 00000008 80000000"
                "0000000000400000" + "00" * 20),
         (0xB1, "00 b1 003c 0001" + "00" * 58),  # does not rotate
         # no threshold; UNMAP, both WRITE SAMEs and zeros after it; thin
@@ -256,7 +260,7 @@ def test_commands_without_data(cdb):
 
 def test_commands_that_there_are_not():
     known = {0x00, 0x03, 0x08, 0x0A, 0x12, 0x1A, 0x1B, 0x25, 0x28, 0x2A, 0x2F, 0x35, 0x41, 0x42, 0x5A, 0x88,
-             0x8A, 0x8F, 0x91, 0x93, 0x9E, 0xA0, 0xA8, 0xAA}  # fmt: skip
+             0x89, 0x8A, 0x8F, 0x91, 0x93, 0x9E, 0xA0, 0xA8, 0xAA}  # fmt: skip
     target = disk()
     for opcode in set(range(256)) - known:
         assert refused(target, bytes([opcode]) + bytes(15)) == INVALID_OPCODE
@@ -338,7 +342,8 @@ def test_a_read_only_disk_is_not_written():
 
 
 def test_failures_of_the_store_are_medium_errors_that_say_where():
-    store = FaultyStore(MemoryStore(MIB), {"read": 5 * 512, "write": 6 * 512, "zero": 0, "flush": 0})
+    faults = Faults({"read": 5 * 512, "write": 6 * 512, "zero": 0, "flush": 0})
+    store = FaultyStore(MemoryStore(MIB), faults)
     target = disk(store)
     assert refused(target, cdb_10(0x28, 4, 2)) == READ_ERROR
     assert refused(target, cdb_10(0x2A, 6, 1), bytes(512)) == WRITE_ERROR
@@ -359,3 +364,119 @@ def test_any_bytes_at_all_get_an_answer():
             except Overrun:
                 continue
             assert status in (GOOD, CHECK_CONDITION)
+
+
+def compare_and_write(lba: int, blocks: int, flags: int = 0) -> bytes:
+    #      operation, flags     logical block address     reserved        blocks, group, control
+    return bytes([0x89, flags]) + lba.to_bytes(8, "big") + bytes(3) + bytes([blocks, 0, 0])
+
+
+def test_what_compares_is_written_and_nothing_else():
+    target = disk()
+    ask(target, cdb_10(0x2A, 4, 2), data=b"a" * 1024)
+    ask(target, compare_and_write(4, 2), data=b"a" * 1024 + b"b" * 1024)
+    assert ask(target, cdb_10(0x28, 3, 4), 2048) == bytes(512) + b"b" * 1024 + bytes(512)
+    data = b"b" * 700 + b"x" + b"b" * 323 + b"c" * 1024
+    status, sense, *_ = target.handle(0, compare_and_write(4, 2), [memoryview(data)])
+    assert status == CHECK_CONDITION
+    # fixed format with valid information; MISCOMPARE; offset 700 of the first that differs; 10 bytes more;
+    # MISCOMPARE DURING VERIFY OPERATION
+    assert sense.hex() == "f0000e" + "000002bc" + "0a" + "00000000" + "1d00" + "00000000"
+    assert ask(target, cdb_10(0x28, 4, 2), 1024) == b"b" * 1024
+
+
+def test_compare_and_write_of_nothing_of_too_much_and_past_the_end():
+    target = disk()
+    ask(target, compare_and_write(0, 0))
+    ask(target, compare_and_write(0, 255), data=bytes(255 * 1024))
+    assert refused(target, compare_and_write(2047, 2), bytes(2048)) == LBA_OUT_OF_RANGE
+    assert refused(target, compare_and_write(0, 1, 0x20), bytes(1024)) == INVALID_FIELD  # protection
+    with pytest.raises(Overrun):
+        target.handle(0, compare_and_write(0, 1), [memoryview(bytes(1023))])
+    assert refused(disk(MemoryStore(MIB, read_only=True)), compare_and_write(0, 1), bytes(1024)) == (
+        WRITE_PROTECTED
+    )
+
+
+def test_compare_and_write_meets_bad_blocks_and_is_made_durable_where_it_asks():
+    faults = Faults({"read": 5 * 512, "write": 6 * 512, "flush": 0})
+    target = disk(FaultyStore(MemoryStore(MIB), faults))
+    assert refused(target, compare_and_write(5, 1), bytes(1024)) == READ_ERROR
+    assert refused(target, compare_and_write(6, 1), bytes(1024)) == WRITE_ERROR
+    ask(target, compare_and_write(7, 1), data=bytes(1024))
+    assert refused(target, compare_and_write(7, 1, 8), bytes(1024)) == WRITE_ERROR  # FUA, so the flush
+
+
+def test_a_unit_tells_all_that_happened_one_at_a_time():
+    target = disk()
+    unit = target.units[0]
+    unit.attend(CAPACITY_CHANGED)
+    unit.attend(LUNS_CHANGED)
+    unit.attend(CAPACITY_CHANGED)  # once is enough
+    unit.attend_next(Sense(SenseKey.UNIT_ATTENTION, 0x3F, 0x01))
+    assert [refused(target, bytes(6)) for _ in range(3)] == [(6, 0x3F, 1), (6, 0x2A, 9), (6, 0x3F, 0x0E)]
+    ask(target, bytes(6))
+    unit.attend(CAPACITY_CHANGED)
+    unit.attend_next(Sense(SenseKey.UNIT_ATTENTION, 0x3F, 0x01))
+    unit.reset()  # whoever is told of that looks at everything
+    unit.attend(LUNS_CHANGED)
+    assert [refused(target, bytes(6)) for _ in range(2)] == [POWER_ON, (6, 0x3F, 1)]
+    ask(target, bytes(6))
+    unit.attend(CAPACITY_CHANGED)
+    assert ask(target, b"\x03\0\0\0\x12\0", 18)[12:14] == b"\x2a\x09"  # REQUEST SENSE
+    ask(target, bytes(6))
+
+
+def test_unit_attentions_do_not_pile_up_for_ever():
+    unit = disk().units[0]
+    for code in range(16):
+        unit.attend_next(Sense(SenseKey.UNIT_ATTENTION, 0x3F, code))
+    with pytest.raises(RequestError, match="16 unit attentions wait already"):
+        unit.attend_next(Sense(SenseKey.UNIT_ATTENTION, 0x3F, 99))
+
+
+def test_who_asks_for_the_units_need_not_be_told_that_they_changed():
+    target = disk()
+    target.units[0].attend(LUNS_CHANGED)
+    ask(target, b"\xa0\0\0\0\0\0\0\0\0\x20\0\0", 32)  # REPORT LUNS
+    ask(target, bytes(6))
+
+
+def test_a_unit_of_another_size():
+    target = disk()
+    target.units[0].resize(4 * MIB)
+    assert refused(target, bytes(6)) == (6, 0x2A, 9)
+    assert ask(target, cdb_10(0x25), 8) == (8191).to_bytes(4, "big") + (512).to_bytes(4, "big")
+    ask(target, cdb_10(0x2A, 8191, 1), data=b"x" * 512)
+    target.units[0].resize(MIB)
+    assert refused(target, bytes(6)) == (6, 0x2A, 9)
+    assert refused(target, cdb_10(0x28, 2048, 1)) == LBA_OUT_OF_RANGE
+    ask(target, cdb_10(0x28, 2047, 1), 512)
+
+
+def well_known(cdb: bytes, room: int = 256) -> tuple[int, bytes, bytes]:
+    """Status, sense data and data of a command to the unit that knows all others: two of them."""
+    unit = ReportLuns(b"\xc1\1".ljust(8, b"\0"), lambda: [b"firstlun", b"otherlun"])
+    into = memoryview(bytearray(room))
+    status, sense, _, given = unit.handle(0, cdb, (), [into])
+    return status, sense, bytes(into[:given])
+
+
+def test_the_well_known_unit_lists_the_others():
+    report = lambda what: well_known(bytes([0xA0, 0, what, 0, 0, 0, 0, 0, 1, 0, 0, 0]))  # noqa: E731
+    own = b"\xc1\1\0\0\0\0\0\0"
+    assert report(0) == (GOOD, b"", b"\0\0\0\x10\0\0\0\0firstlunotherlun")
+    assert report(1) == (GOOD, b"", b"\0\0\0\x08\0\0\0\0" + own)
+    assert report(2) == (GOOD, b"", b"\0\0\0\x18\0\0\0\0" + own + b"firstlunotherlun")
+    assert report(3)[1][12:14] == b"\x24\0"
+    assert well_known(b"\xa0\0\0\0\0\0\0\0\0\x10\0\0", 16)[2] == b"\0\0\0\x10\0\0\0\0firstlun"
+
+
+def test_what_else_the_well_known_unit_can_do():
+    assert well_known(bytes(6)) == (GOOD, b"", b"")  # TEST UNIT READY
+    status, _, data = well_known(b"\x12\0\0\0\x24\0")
+    assert (status, data[0], len(data)) == (GOOD, 0x1E, 36)  # well-known logical unit
+    assert well_known(b"\x03\0\0\0\x12\0")[2].hex() == "70000000" + "0000000a" + "00" * 10
+    for cdb in (b"\x12\1\0\0\x24\0", b"\x12\0\x80\0\x24\0", b"\x03\1\0\0\x12\0"):
+        assert well_known(cdb)[1][12:14] == b"\x24\0"
+    assert well_known(cdb_10(0x28))[1][12:14] == b"\x20\0"

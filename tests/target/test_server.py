@@ -266,7 +266,7 @@ def test_features_can_be_left_out(start):
         features = front.number(fe.GET_FEATURES)
         assert features & (fe.EVENT_IDX | fe.INDIRECT_DESC | 1 << 12 | 1 << 13) == 0  # MQ, DISCARD
         assert features & 1 << 14  # WRITE_ZEROES
-        assert front.number(fe.GET_PROTOCOL_FEATURES) == fe.REPLY_ACK | fe.RESET | fe.MEM_SLOTS
+        assert front.number(fe.GET_PROTOCOL_FEATURES) == fe.REPLY_ACK | fe.RESET | fe.MEM_SLOTS | fe.BACKEND_REQ
     check(target.path, extensions=0)
 
 

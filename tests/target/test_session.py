@@ -7,6 +7,7 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -14,11 +15,15 @@ from hypothesis import given, settings, strategies as st
 
 from tests.target import front_end as fe
 from tests.target.front_end import GUEST, USER, FrontEnd, eventfd, state, u64
-from virtio.errors import ProtocolError
+from virtio.errors import ProtocolError, RequestError
 from virtio.ring.device import SLOTS, DeviceRing
 from virtio.target.blk import BlkDevice
+from virtio.target.changes import Change, Changes
+from virtio.target.link import Receiver, pair
+from virtio.target.scsi import LogicalUnit, Target
 from virtio.target.session import Session
 from virtio.target.store import MemoryStore
+from virtio.target.virtio_scsi import ScsiDevice
 from virtio.wire.vhost_user import Message
 
 IN = struct.pack("<IIQ", 0, 0, 0)  # a header that asks for the first sector
@@ -67,8 +72,8 @@ def test_what_is_offered(session):
     # VERSION_1, PROTOCOL_FEATURES, EVENT_IDX, INDIRECT_DESC; WRITE_ZEROES, DISCARD, MQ, TOPOLOGY, FLUSH,
     # BLK_SIZE, SEG_MAX, SIZE_MAX
     assert say(session, fe.GET_FEATURES) == u64(0x1_7000_7646)
-    # STATUS, CONFIGURE_MEM_SLOTS, RESET_DEVICE, CONFIG, REPLY_ACK, MQ
-    assert say(session, fe.GET_PROTOCOL_FEATURES) == u64(0x1A209)
+    # STATUS, CONFIGURE_MEM_SLOTS, RESET_DEVICE, CONFIG, BACKEND_REQ, REPLY_ACK, MQ
+    assert say(session, fe.GET_PROTOCOL_FEATURES) == u64(0x1A229)
     say(session, fe.SET_PROTOCOL_FEATURES, u64(EVERYTHING))
     assert say(session, fe.GET_QUEUE_NUM) == u64(4)
     assert say(session, fe.GET_MAX_MEM_SLOTS) == u64(SLOTS)
@@ -165,7 +170,7 @@ def test_any_message_at_all_is_answered_or_refused_and_its_descriptors_closed(me
 
 
 GATED = [fe.GET_QUEUE_NUM, fe.GET_CONFIG, fe.SET_CONFIG, fe.RESET_DEVICE, fe.GET_MAX_MEM_SLOTS,
-         fe.ADD_MEM_REG, fe.REM_MEM_REG, fe.SET_STATUS, fe.GET_STATUS]  # fmt: skip
+         fe.SET_BACKEND_REQ_FD, fe.ADD_MEM_REG, fe.REM_MEM_REG, fe.SET_STATUS, fe.GET_STATUS]  # fmt: skip
 
 
 @pytest.mark.parametrize("request_", GATED)
@@ -247,12 +252,19 @@ def test_a_new_descriptor_takes_the_place_of_the_old_one(session, file):
 class Running:
     """A session in a thread, and the front end that it serves."""
 
-    def __init__(self, handlers: list[Callable[[DeviceRing], int] | None] | None = None) -> None:
+    def __init__(
+        self,
+        handlers: list[Callable[[DeviceRing], int] | None] | None = None,
+        device: ScsiDevice | None = None,
+    ) -> None:
         ours, theirs = socket.socketpair()
         self.store = MemoryStore(1 << 20)
-        device = BlkDevice(self.store, queues=2)
-        device.handlers = handlers or device.handlers
-        self.session = Session(ours, device)
+        blk = BlkDevice(self.store, queues=2)
+        blk.handlers = handlers or blk.handlers
+        self.sender, link = pair()
+        self.changes = Changes(device or blk)
+        self.receiver = Receiver(link, self.changes)
+        self.session = Session(ours, device or blk, changes=self.receiver)
         self.front = FrontEnd(theirs)
         self.error: Exception | None = None
         self.thread = threading.Thread(target=self._run)
@@ -265,6 +277,12 @@ class Running:
             self.error = error
         finally:
             self.session.close()
+            self.receiver.close()
+
+    def change(self, method: str, **parameters: object) -> None:
+        """Change the device, as its target does."""
+        self.sender.send(self.changes.prepare(method, parameters))
+        assert self.sender.answer(10)
 
     def __enter__(self) -> "Running":
         return self
@@ -273,6 +291,7 @@ class Running:
         self.front.__exit__()
         self.thread.join(10)
         assert not self.thread.is_alive()
+        self.sender.close()
         self.store.close()
 
 
@@ -465,3 +484,230 @@ def test_a_driver_that_sleeps_is_called_and_a_device_that_sleeps_is_kicked():
                     assert poll.poll(5000), "a call was lost, or a kick"
                     os.eventfd_read(front.calls[0])
         assert kicks  # at first at least
+
+
+# Changes while a session goes on; the channel back.
+
+CONFIG_CHANGE = struct.pack("=III", 2, 1, 0)  # request 2, version 1 and no NEED_REPLY, no payload
+
+
+@pytest.fixture
+def channel():
+    """The channel back, and the end of it that is given away."""
+    mine, theirs = socket.socketpair()
+    mine.settimeout(0.2)
+    yield mine, theirs
+    mine.close()
+    theirs.close()
+
+
+def test_a_disk_of_another_size_is_announced_on_the_channel_back(channel):
+    mine, theirs = channel
+    with Running() as running:
+        front = running.front
+        front.hello(extensions=fe.CONFIG | fe.BACKEND_REQ | fe.REPLY_ACK)
+        front.send(fe.SET_BACKEND_REQ_FD, b"", [theirs.fileno()], flags=9)
+        assert front.receive()[2] == u64(0)
+        running.change("resize_disk", size=2 << 20)
+        assert mine.recv(100) == CONFIG_CHANGE
+        asked = struct.pack("=III", 0, 8, 0)  # offset, size, flags
+        assert front.ask(fe.GET_CONFIG, asked + bytes(8)) == asked + u64(4096)
+        running.change("set_fault", every=0)  # nothing of the configuration
+        with pytest.raises(TimeoutError):
+            mine.recv(100)
+
+
+@pytest.mark.parametrize("extensions", [fe.BACKEND_REQ, fe.CONFIG])
+def test_nothing_is_announced_that_was_not_negotiated(channel, extensions):
+    mine, theirs = channel
+    with Running() as running:
+        running.front.hello(extensions=extensions)
+        if extensions & fe.BACKEND_REQ:
+            running.front.send(fe.SET_BACKEND_REQ_FD, b"", [theirs.fileno()])
+        running.front.number(fe.GET_FEATURES)
+        running.change("resize_disk", size=2 << 20)
+        with pytest.raises(TimeoutError):
+            mine.recv(100)
+
+
+def test_a_channel_back_that_nobody_reads_holds_nothing_up(channel):
+    mine, theirs = channel
+    theirs.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            theirs.send(b"x")
+    theirs.setblocking(True)
+    with Running() as running:
+        running.front.hello(extensions=fe.CONFIG | fe.BACKEND_REQ)
+        running.front.send(fe.SET_BACKEND_REQ_FD, b"", [theirs.fileno()])
+        running.front.ring(0)
+        running.front.number(fe.GET_FEATURES)
+        running.change("resize_disk", size=2 << 20)
+        assert running.front.request(0, [IN], [512, 1])[0] == 513
+        while b"x" in mine.recv(1 << 16):
+            if not select.select([mine], [], [], 0)[0]:
+                break
+        running.change("resize_disk", size=1 << 20)
+        assert mine.recv(100) == CONFIG_CHANGE
+
+
+def test_a_channel_back_that_is_closed_does_no_harm(channel):
+    mine, theirs = channel
+    with Running() as running:
+        running.front.hello(extensions=fe.CONFIG | fe.BACKEND_REQ)
+        running.front.send(fe.SET_BACKEND_REQ_FD, b"", [theirs.fileno()])
+        running.front.number(fe.GET_FEATURES)
+        mine.close()
+        for size in (2, 3, 4):
+            running.change("resize_disk", size=size << 20)
+        running.front.number(fe.GET_FEATURES)
+
+
+def test_a_new_channel_back_takes_the_place_of_the_old_one(channel):
+    mine, theirs = channel
+    other, given = socket.socketpair()
+    with other, Running() as running:
+        running.front.hello(extensions=fe.CONFIG | fe.BACKEND_REQ)
+        with given, theirs:
+            running.front.send(fe.SET_BACKEND_REQ_FD, b"", [theirs.fileno()])
+            running.front.send(fe.SET_BACKEND_REQ_FD, b"", [given.fileno()])
+        running.front.number(fe.GET_FEATURES)
+        assert mine.recv(1) == b""
+        running.change("resize_disk", size=2 << 20)
+        assert other.recv(100) == CONFIG_CHANGE
+
+
+def test_what_is_no_channel_back_is_refused_and_closed(session, file):
+    say(session, fe.SET_PROTOCOL_FEATURES, u64(fe.BACKEND_REQ))
+    for fds in ([], [file], [file, file]):
+        before = descriptors()
+        with pytest.raises(ProtocolError, match="the channel back"):
+            say(session, fe.SET_BACKEND_REQ_FD, b"", *fds)
+        assert descriptors() == before
+
+
+def hang(front: FrontEnd) -> None:
+    """Send a request to ring 0, for a disk that hangs."""
+    front.memory[0x80000:0x80010] = IN
+    front.rings[0].chain([(GUEST + 0x80000, 16, 0), (GUEST + 0x90000, 513, fe.WRITE)])
+    front.rings[0].offer(0)
+    os.eventfd_write(front.kicks[0], 1)
+    with pytest.raises(TimeoutError):
+        front.wait(0, timeout=0.1)
+
+
+def test_a_disk_that_hangs_answers_once_it_does_no_longer():
+    with Running() as running:
+        front = running.front
+        front.hello()
+        front.ring(0)
+        running.change("set_fault", hang=True)
+        hang(front)
+        running.change("set_fault", hang=False)
+        assert front.wait(0) == [(0, 513)]
+        assert os.eventfd_read(front.calls[0]) == 1
+        front.request(0, [IN], [512, 1])
+
+
+@pytest.mark.parametrize("end", [fe.GET_VRING_BASE, fe.RESET_DEVICE])
+def test_a_ring_may_stop_while_the_disk_hangs(end):
+    with Running() as running:
+        front = running.front
+        front.hello(extensions=fe.RESET)
+        front.ring(0)
+        running.change("set_fault", hang=True)
+        hang(front)
+        if end == fe.RESET_DEVICE:
+            front.send(end)
+            front.number(fe.GET_FEATURES)
+        else:
+            assert front.ask(end, state(0, 0)) == state(0, 1)
+        running.change("set_fault", hang=False)
+        assert front.rings[0].take() == []  # the memory is the driver's again
+        front.ring(0)
+        assert front.request(0, [IN], [512, 1])[0] == 513
+
+
+def test_a_slow_disk_sleeps_until_its_time():
+    with Running() as running:
+        front = running.front
+        front.hello()
+        front.ring(0)
+        running.change("set_fault", delay=0.1)
+        before = time.monotonic()
+        front.request(0, [IN], [512, 1])
+        assert 0.1 <= time.monotonic() - before < 5
+        running.change("set_fault", delay=0)
+        front.request(0, [IN], [512, 1])
+
+
+def test_a_change_that_cannot_be_is_refused_and_the_session_goes_on():
+    with Running() as running:
+        running.front.hello()
+        running.front.ring(0)
+        running.sender.send(Change("resize_disk", {"size": 1000}))
+        with pytest.raises(RequestError, match="want a multiple of 512"):
+            running.sender.answer(10)
+        assert running.front.request(0, [IN], [512, 1])[0] == 513
+
+
+@pytest.fixture
+def hotplug():
+    """A session of a SCSI device with one request queue, whose driver takes hot plug, and its event ring."""
+    device = ScsiDevice({0: Target({0: LogicalUnit(MemoryStore(1 << 20))})}, 1)
+    with Running(device=device) as running:
+        running.front.hello(fe.VERSION_1 | fe.PROTOCOL_FEATURES | fe.EVENT_IDX | 2)  # HOTPLUG
+        running.front.ring(1)
+        running.front.ring(2)
+        running.front.number(fe.GET_FEATURES)
+        yield running
+
+
+def leave(front: FrontEnd, *, kick: bool = False) -> bool:
+    """Leave the device a buffer for an event; whether it wanted a kick."""
+    front.memory[0x80000:0x80010] = b"\xee" * 16
+    front.rings[1].chain([(GUEST + 0x80000, 16, fe.WRITE)])
+    wanted = front.rings[1].offer(0)
+    if kick:
+        os.eventfd_write(front.kicks[1], 1)
+    return wanted
+
+
+def test_a_disk_that_is_added_is_an_event_and_can_be_read(hotplug):
+    front = hotplug.front
+    leave(front)
+    hotplug.change("add_disk", target=0, lun=7, disk="ram:1M")
+    assert front.wait(1) == [(0, 16)]
+    assert front.memory[0x80000:0x80010].hex(" ", 4) == "01000000 01004007 00000000 01000000"
+    assert os.eventfd_read(front.calls[1]) == 1
+    header = b"\1\0\x40\7".ljust(19, b"\0") + bytes(32)  # TEST UNIT READY
+    assert front.request(2, [header], [108])[1][0][24] == 0x29
+    assert front.request(2, [header], [108])[1][0][10] == 0
+
+
+def test_events_that_were_missed_are_told_when_the_driver_kicks(hotplug):
+    front = hotplug.front
+    hotplug.change("add_disk", target=0, lun=7, disk="ram:1M")
+    assert leave(front, kick=True)
+    assert front.wait(1) == [(0, 16)]
+    assert front.memory[0x80000:0x80004].hex() == "00000080"
+    assert hotplug.error is None
+
+
+def test_an_event_queue_that_is_polled_is_looked_at(hotplug):
+    front = hotplug.front
+    front.ask(fe.GET_VRING_BASE, state(1, 0))
+    front.send(fe.SET_VRING_KICK, u64(1 | fe.NOFD))
+    hotplug.change("add_disk", target=0, lun=7, disk="ram:1M")
+    leave(front)
+    assert front.wait(1) == [(0, 16)]
+
+
+def test_an_event_buffer_that_is_too_small_ends_the_session(hotplug):
+    front = hotplug.front
+    front.rings[1].chain([(GUEST + 0x80000, 15, fe.WRITE)])
+    front.rings[1].offer(0)
+    hotplug.change("add_disk", target=0, lun=7, disk="ram:1M")
+    assert front.ended()
+    hotplug.thread.join(10)
+    assert "event buffer of 15 bytes" in str(hotplug.error)

@@ -1,12 +1,24 @@
 """Disks in memory and files, and how they are named."""
 
 import errno
+import json
 import os
 
 import pytest
 
 from virtio.errors import RequestError
-from virtio.target.store import FileStore, parse_disk, parse_size
+from virtio.target.store import (
+    Faults,
+    FaultyStore,
+    FileStore,
+    MemoryStore,
+    adopt,
+    describe,
+    parse_disk,
+    parse_size,
+)
+
+MIB = 1 << 20
 
 
 def views(*sizes: int) -> list[memoryview]:
@@ -132,3 +144,73 @@ def test_a_faulty_disk_fails_where_it_is_told_to():
         store.zero(0, 1024, unmap=True)
     with pytest.raises(OSError, match="flush told to fail"):
         store.flush()
+
+
+@pytest.mark.parametrize("kind", ["ram", "file", "faulty"])
+def test_a_disk_grows_with_zeros_and_shrinks_and_forgets(tmp_path, kind):
+    (tmp_path / "disk").write_bytes(bytes(MIB))
+    store = parse_disk(
+        {"ram": "ram:1M", "file": f"file:{tmp_path}/disk", "faulty": "ram:1M,fail-flush"}[kind]
+    )
+    store.write(MIB - 512, [memoryview(b"end!" * 128)])
+    store.resize(2 * MIB)
+    assert store.size == 2 * MIB
+    into = views(1024)
+    store.read(MIB - 512, into)
+    assert into[0] == b"end!" * 128 + bytes(512)
+    store.write(2 * MIB - 512, [memoryview(b"x" * 512)])
+    store.resize(512)
+    assert store.size == 512
+    store.resize(MIB)
+    store.read(MIB - 1024, into)
+    assert into[0] == bytes(1024)
+    store.close()
+
+
+def test_a_disk_is_not_resized_to_what_it_cannot_be(tmp_path):
+    (tmp_path / "disk").write_bytes(bytes(MIB))
+    for spec, size, complaint in (
+        ("ram:1M", 1000, "want a multiple of 512"),
+        ("ram:1M", 0, "want a multiple of 512"),
+        (f"file:{tmp_path}/disk,ro", 512, "read-only keeps its size"),
+    ):
+        store = parse_disk(spec)
+        with pytest.raises(RequestError, match=complaint):
+            store.resize(size)
+        assert store.size == MIB
+        store.close()
+    assert (tmp_path / "disk").stat().st_size == MIB
+
+
+def test_another_process_adopts_the_same_disk(tmp_path):
+    (tmp_path / "disk").write_bytes(bytes(MIB))
+    for spec in ("ram:1M,id=one", f"file:{tmp_path}/disk,bs=4096", "ram:1M,ro,fail-read=0"):
+        store = parse_disk(spec)
+        fd, description = describe(store)
+        twin = adopt(os.dup(fd), json.loads(json.dumps(description)))
+        for name in ("size", "block_size", "read_only", "serial"):
+            assert getattr(twin, name) == getattr(store, name)
+        if "fail" in spec:
+            with pytest.raises(OSError, match="read told to fail at 0"):
+                twin.read(0, views(1))
+        else:
+            store.write(512, [memoryview(b"seen")])
+            into = views(4)
+            twin.read(512, into)
+            assert into[0] == b"seen"
+        twin.close()
+        store.close()
+
+
+def test_each_so_many_th_command_of_data_fails():
+    faults = Faults(every=3)
+    store = FaultyStore(MemoryStore(MIB), faults)
+    failed = []
+    for number in range(1, 8):
+        faults.begin()
+        try:
+            store.read(0, views(1))
+            store.write(0, views(1))
+        except OSError:
+            failed.append(number)
+    assert failed == [3, 6]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from virtio.errors import ProtocolError, RequestError
 from virtio.ring.device import DeviceRing
-from virtio.target.store import Store
+from virtio.target.held import Held
+from virtio.target.store import Store, join, part
 from virtio.wire.blk import (
     SECTOR_SIZE,
     UNMAP,
@@ -26,6 +29,8 @@ _RANGES_MAX = 32
 
 _HEADER = RequestHeader.FORMAT
 _IN, _OUT = int(RequestType.IN), int(RequestType.OUT)
+_DATA = (RequestType.IN, RequestType.OUT, RequestType.DISCARD, RequestType.WRITE_ZEROES)
+_SLOW = (*_DATA, RequestType.FLUSH)  # where a disk is
 _STATUS = tuple(bytes([status]) for status in BlkStatus)
 
 
@@ -50,10 +55,13 @@ class BlkDevice:
         else:
             features |= BlkFeature.DISCARD | BlkFeature.WRITE_ZEROES
         self.features = int(features)
-        self.handlers: Sequence[Callable[[DeviceRing], int] | None] = [self.handle] * queues
+        self.acked = 0
         self.settle: Callable[[], None] = lambda: None
-        self._store = store
-        self.config = BlkConfig(
+        bare, self.faults = part(store)
+        self._store = join(bare, self.faults)
+        self._queues = queues
+        self._held: Held[int] = Held()
+        self._record = BlkConfig(
             capacity=store.size // SECTOR_SIZE,
             size_max=_SIZE_MAX,
             seg_max=_SEG_MAX,
@@ -66,7 +74,44 @@ class BlkDevice:
             max_write_zeroes_sectors=_RANGE_MAX,
             max_write_zeroes_seg=_RANGES_MAX,
             write_zeroes_may_unmap=True,
-        ).encode(self.features)
+        )
+        self.config = self._record.encode(self.features)
+        self.refault()
+
+    @property
+    def store(self) -> Store:
+        """Where the data are."""
+        return self._store
+
+    def refault(self) -> None:
+        """`faults` has changed: only where there are some, every request is looked at first."""
+        self._store = join(part(self._store)[0], self.faults)
+        handler = self._admit if self.faults.wait else self.handle
+        self.handlers: Sequence[Callable[[DeviceRing], int] | None] = [handler] * self._queues
+
+    def resize(self, size: int) -> None:
+        """Be `size` bytes long; the session tells the driver, as the configuration changes."""
+        self._store.resize(size)
+        self._record = replace(self._record, capacity=size // SECTOR_SIZE)
+        self.config = self._record.encode(self.features)
+
+    def resume(self) -> None:
+        """Do the requests that were held while the disk hung."""
+        self._held.release(lambda task: True, self._perform)
+
+    def forget(self) -> None:
+        """Nothing is pending here."""
+
+    def use(self, rings: Mapping[int, DeviceRing]) -> None:
+        """Nothing here is told to a driver."""
+
+    def drop(self, ring: DeviceRing) -> None:
+        """The ring has stopped."""
+        self._held.drop(ring)
+
+    def tend(self) -> float:
+        """Do what has waited for its time."""
+        return self._held.tend(self._perform)
 
     def set_config(self, offset: int, data: bytes) -> bool:
         """Nothing here can be written."""
@@ -74,6 +119,26 @@ class BlkDevice:
 
     def reset(self) -> None:
         """Nothing here outlives a request."""
+
+    def _admit(self, ring: DeviceRing) -> int:
+        """A request while the disk has faults: done, or held."""
+        if self.faults.hang:
+            self._held.keep(ring, ring.head)
+        if self.faults.delay and self._kind(ring) in _SLOW:
+            self._held.keep(ring, ring.head, time.monotonic() + self.faults.delay)
+        return self._perform(ring)
+
+    def _perform(self, ring: DeviceRing) -> int:
+        """A request that is let through, to fail or not."""
+        if self._kind(ring) in _DATA:
+            self.faults.begin()
+        try:
+            return self.handle(ring)
+        finally:
+            self.faults.failing = False
+
+    def _kind(self, ring: DeviceRing) -> int:
+        return int.from_bytes(ring.gather(0, 4), "little")
 
     def handle(self, ring: DeviceRing) -> int:
         """Do the request that was popped; how many bytes of it are set."""

@@ -7,12 +7,13 @@ when `handle` returns. One module, as the commands share their checks and sense 
 from __future__ import annotations
 
 import errno
+import hashlib
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
-from virtio.errors import ProtocolError
-from virtio.target.store import Store
+from virtio.errors import ProtocolError, RequestError
+from virtio.target.store import Store, join, part
 from virtio.wire.scsi import (
     ALL_PAGES,
     CACHING_PAGE,
@@ -48,10 +49,15 @@ _TRANSFER_MAX = 0xFFFF * 512  # bytes in one command: max_sectors of virtio's co
 _ZERO_MAX = 1 << 31  # bytes in one UNMAP range or WRITE SAME
 _RANGES_MAX = 256  # in one UNMAP
 _CHUNK = 1 << 20  # of a WRITE SAME
+_COMPARE_BLOCKS, _COMPARE_BYTES = 255, 1 << 20  # in one COMPARE AND WRITE, whose length has eight bits
+_NAA_LOCAL = 0x3  # locally assigned (SPC-4, 7.8.6.6): the first four of 64 bits
+_WELL_KNOWN_TYPE = 0x1E
+_ATTENTIONS_MAX = 16  # that one unit keeps
 
 _NAMES = ("VIRTIO", "bdev target", "1")
 _DISK = Inquiry(0x00, 0, False, 6, *_NAMES).encode()
 _NOTHING = Inquiry(0x1F, 3, False, 6, *_NAMES).encode()  # no unit, nor could there be
+_WELL_KNOWN = Inquiry(_WELL_KNOWN_TYPE, 0, False, 6, *_NAMES).encode()
 
 _ILLEGAL = SenseKey.ILLEGAL_REQUEST
 _BAD_OPCODE = Sense(_ILLEGAL, 0x20, 0x00)  # INVALID COMMAND OPERATION CODE
@@ -64,7 +70,21 @@ _NOT_SAVED = Sense(_ILLEGAL, 0x39, 0x00)  # SAVING PARAMETERS NOT SUPPORTED
 _PROTECTED = Sense(SenseKey.DATA_PROTECT, 0x27, 0x00)  # WRITE PROTECTED
 _NO_SPACE = Sense(SenseKey.DATA_PROTECT, 0x27, 0x07)  # SPACE ALLOCATION FAILED WRITE PROTECT
 _POWER_ON = Sense(SenseKey.UNIT_ATTENTION, 0x29, 0x00)  # POWER ON, RESET, ... OCCURRED
+LUNS_CHANGED = Sense(SenseKey.UNIT_ATTENTION, 0x3F, 0x0E)  # REPORTED LUNS DATA HAS CHANGED
+CAPACITY_CHANGED = Sense(SenseKey.UNIT_ATTENTION, 0x2A, 0x09)  # CAPACITY DATA HAS CHANGED
+_COVERED = (LUNS_CHANGED, CAPACITY_CHANGED)  # by a reset, after which all is looked at (SAM-5, 5.14)
 _QUIET = (OpCode.INQUIRY, OpCode.REQUEST_SENSE)  # with REPORT LUNS: no unit attention (SAM-5, 5.14)
+
+
+# Commands that touch the medium: for those that fail or are slow on purpose.
+CHANGES = frozenset(
+    (
+        *(OpCode.WRITE_6, OpCode.WRITE_10, OpCode.WRITE_12, OpCode.WRITE_16),
+        *(OpCode.UNMAP, OpCode.WRITE_SAME_10, OpCode.WRITE_SAME_16, OpCode.COMPARE_AND_WRITE),
+    )
+)
+READS = frozenset((OpCode.READ_6, OpCode.READ_10, OpCode.READ_12, OpCode.READ_16))
+FLUSHES = frozenset((OpCode.SYNCHRONIZE_CACHE_10, OpCode.SYNCHRONIZE_CACHE_16))
 
 
 class Overrun(Exception):
@@ -122,9 +142,10 @@ class LogicalUnit:
     """A disk over one store."""
 
     def __init__(self, store: Store) -> None:
-        self._store = store
+        bare, self.faults = part(store)
+        self._store = join(bare, self.faults)
         self._blocks = store.size // store.block_size
-        self._attention = True
+        self._attentions = [_POWER_ON]  # what the next commands are told, one each
         self._commands: dict[int, Callable[[bytes, Transfer], None]] = {
             OpCode.TEST_UNIT_READY: lambda cdb, transfer: None,
             OpCode.START_STOP_UNIT: lambda cdb, transfer: None,
@@ -149,17 +170,53 @@ class LogicalUnit:
             OpCode.UNMAP: self._unmap,
             OpCode.WRITE_SAME_10: self._write_same,
             OpCode.WRITE_SAME_16: self._write_same,
+            OpCode.COMPARE_AND_WRITE: self._compare_and_write,
         }
 
+    @property
+    def store(self) -> Store:
+        """Where its data are."""
+        return self._store
+
     def reset(self) -> None:
-        """A reset happened: the next command is told so."""
-        self._attention = True
+        """A reset happened: the next command is told so, which covers what else has changed."""
+        others = [one for one in self._attentions if one not in (_POWER_ON, *_COVERED)]
+        self._attentions = [_POWER_ON, *others]
+
+    def attend(self, sense: Sense) -> None:
+        """One of the next commands is told so, unless there will be word of a reset."""
+        if sense not in self._attentions and _POWER_ON not in self._attentions:
+            self._attentions.append(sense)
+
+    def attend_next(self, sense: Sense) -> None:
+        """The very next command is told so."""
+        if len(self._attentions) >= _ATTENTIONS_MAX:
+            raise RequestError(f"{len(self._attentions)} unit attentions wait already")
+        self._attentions.insert(0, sense)
+
+    def settle(self, sense: Sense) -> None:
+        """Nobody need be told so any more."""
+        self._attentions = [one for one in self._attentions if one != sense]
+
+    def forget(self) -> None:
+        """Be as for an initiator that comes new; what is pending is another's to hear."""
+        self._attentions = [_POWER_ON]
+        self.faults.busy = 0
+
+    def resize(self, size: int) -> None:
+        """Be `size` bytes long, and say so."""
+        self._store.resize(size)
+        self._blocks = size // self._store.block_size
+        self.attend(CAPACITY_CHANGED)
+
+    def refault(self) -> None:
+        """`faults` has changed."""
+        self._store = join(part(self._store)[0], self.faults)
 
     def execute(self, cdb: bytes, transfer: Transfer) -> None:
         """Do one command; raises what ends it otherwise than GOOD."""
-        if self._attention and cdb[0] not in _QUIET:
-            self._attention = False
-            raise _Check(_POWER_ON)
+        if self._attentions and cdb[0] not in _QUIET:
+            raise _Check(self._attentions.pop(0))
         command = self._commands.get(cdb[0])
         if command is None:
             raise _Check(_BAD_OPCODE)
@@ -168,9 +225,9 @@ class LogicalUnit:
     def _request_sense(self, cdb: bytes, transfer: Transfer) -> None:
         if cdb[1] & 1:  # descriptor format
             raise _Check(_BAD_FIELD)
-        sense = _POWER_ON if self._attention else Sense(SenseKey.NO_SENSE)
+        sense = self._attentions[0] if self._attentions else Sense(SenseKey.NO_SENSE)
         transfer.give(sense.encode_fixed(), cdb[4])
-        self._attention = False
+        del self._attentions[:1]  # now that there was room for it
 
     def _inquiry(self, cdb: bytes, transfer: Transfer) -> None:
         vital, number, allocation = cdb[1] & 1, cdb[2], int.from_bytes(cdb[3:5], "big")
@@ -188,12 +245,16 @@ class LogicalUnit:
         """The vital product data (SPC-4, 7.8; SBC-3, 6.6)."""
         block_size, serial = self._store.block_size, self._store.serial
         granule = max(1, 4096 // block_size)
-        name = Designator(DesignatorType.T10_VENDOR_ID, 0, 2, b"VIRTIO  " + serial.encode())
+        names = [
+            Designator(DesignatorType.T10_VENDOR_ID, 0, 2, b"VIRTIO  " + serial.encode()),
+            Designator(DesignatorType.NAA, 0, 1, _naa(serial)),
+        ]
         pages = {
             Page.SERIAL_NUMBER: encode_serial(serial),
-            Page.DEVICE_IDENTIFICATION: encode_designators([name]),
+            Page.DEVICE_IDENTIFICATION: encode_designators(names),
             Page.BLOCK_LIMITS: BlockLimits(
                 wsnz=True,
+                max_compare_and_write=_compare_most(block_size),
                 max_transfer=_TRANSFER_MAX // block_size,
                 max_unmap=_ZERO_MAX // block_size,
                 max_unmap_descriptors=_RANGES_MAX,
@@ -301,6 +362,28 @@ class LogicalUnit:
             part = data[: offset + nbytes - at]
             self._change(offset, self._store.write, at, [part])
 
+    def _compare_and_write(self, cdb: bytes, transfer: Transfer) -> None:
+        """Nothing comes between the two halves, as one command is done at a time (SBC-3, 5.2)."""
+        first, blocks = int.from_bytes(cdb[2:10], "big"), cdb[13]
+        if cdb[1] & _PROTECT or blocks > _compare_most(self._store.block_size):
+            raise _Check(_BAD_FIELD)
+        self._check_range(first, blocks)
+        if self._store.read_only:
+            raise _Check(_PROTECTED)
+        offset, nbytes = first * self._store.block_size, blocks * self._store.block_size
+        data = transfer.take(2 * nbytes)
+        found = bytearray(nbytes)
+        try:
+            self._store.read(offset, [memoryview(found)])
+        except OSError:
+            raise _Check(self._medium(0x11, offset)) from None
+        if found != data[:nbytes]:
+            at = next(at for at in range(nbytes) if found[at] != data[at])
+            raise _Check(Sense(SenseKey.MISCOMPARE, 0x1D, 0x00, at))
+        self._change(offset, self._store.write, offset, [memoryview(data)[nbytes:]])
+        if cdb[1] & _FUA:
+            self._flush(offset)
+
     def _zero(self, offset: int, nbytes: int, *, unmap: bool) -> None:
         self._change(offset, lambda: self._store.zero(offset, nbytes, unmap=unmap))
 
@@ -338,7 +421,7 @@ class LogicalUnit:
 class Target:
     """A SCSI target device: its logical units by number."""
 
-    def __init__(self, units: Mapping[int, LogicalUnit]) -> None:
+    def __init__(self, units: dict[int, LogicalUnit]) -> None:
         self.units = units
 
     def handle(self, lun: int, cdb: bytes, out: Views = (), into: Views = ()) -> Reply:
@@ -367,6 +450,53 @@ class Target:
         luns = sorted(self.units) if cdb[2] != 1 else []  # 1: the well-known ones, we have none
         data = encode_report_luns(encode_lun(lun) for lun in luns)
         transfer.give(data, int.from_bytes(cdb[6:10], "big"))
+        for unit in self.units.values():
+            unit.settle(LUNS_CHANGED)  # whoever asks need not be told (SAM-5, 5.14)
+
+
+class ReportLuns:
+    """The well-known logical unit that lists all units of all targets (SPC-4, 8)."""
+
+    def __init__(self, own: bytes, units: Callable[[], Iterable[bytes]]) -> None:
+        """Its address, and what finds those of the others, as the transport has them."""
+        self._own, self._units = own, units
+
+    def handle(self, lun: int, cdb: bytes, out: Views = (), into: Views = ()) -> Reply:
+        """Do one command, as `Target.handle` does; there is one unit, whatever the number."""
+        cdb = cdb.ljust(16, b"\0")
+        transfer = Transfer(out, into)
+        try:
+            self._execute(cdb, transfer)
+        except _Check as check:
+            return Reply(Status.CHECK_CONDITION, check.sense.encode_fixed(), 0, 0)
+        return Reply(Status.GOOD, b"", transfer.taken, transfer.given)
+
+    def _execute(self, cdb: bytes, transfer: Transfer) -> None:
+        if cdb[0] == OpCode.REPORT_LUNS:
+            if cdb[2] > 2:
+                raise _Check(_BAD_FIELD)
+            luns = [self._own] if cdb[2] else []  # 0: all but the well-known, 1: those alone, 2: all
+            luns += self._units() if cdb[2] != 1 else []
+            transfer.give(encode_report_luns(luns), int.from_bytes(cdb[6:10], "big"))
+        elif cdb[0] == OpCode.INQUIRY and not cdb[1] & 1 and not cdb[2]:
+            transfer.give(_WELL_KNOWN, int.from_bytes(cdb[3:5], "big"))
+        elif cdb[0] == OpCode.REQUEST_SENSE and not cdb[1] & 1:
+            transfer.give(Sense(SenseKey.NO_SENSE).encode_fixed(), cdb[4])
+        elif cdb[0] in (OpCode.INQUIRY, OpCode.REQUEST_SENSE):
+            raise _Check(_BAD_FIELD)
+        elif cdb[0] != OpCode.TEST_UNIT_READY:
+            raise _Check(_BAD_OPCODE)
+
+
+def _naa(serial: str) -> bytes:
+    """A name in binary that nobody has assigned, of which 60 bits come from the serial number."""
+    digest = hashlib.blake2s(serial.encode(), digest_size=8).digest()
+    return bytes((_NAA_LOCAL << 4 | digest[0] & 0x0F,)) + digest[1:]
+
+
+def _compare_most(block_size: int) -> int:
+    """Blocks in one COMPARE AND WRITE."""
+    return min(_COMPARE_BLOCKS, _COMPARE_BYTES // block_size)
 
 
 def _absent(cdb: bytes, transfer: Transfer) -> None:

@@ -12,15 +12,17 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from virtio.errors import ProtocolError
 from virtio.ring.device import SLOTS, DeviceRing
+from virtio.target.held import Kept
 from virtio.target.memory import SharedMemory
 from virtio.wire.vhost_user import (
     MAX_FDS,
     PROTOCOL_FEATURES,
+    BackendRequest,
     ConfigSpace,
     Decoder,
     MemoryTable,
@@ -45,6 +47,7 @@ EXTENSIONS = (
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
+    | ProtocolFeature.BACKEND_REQ
 )
 MAX_QUEUES = 256  # a ring's number has eight bits in SET_VRING_KICK
 
@@ -63,15 +66,18 @@ _GATES: dict[int, ProtocolFeature] = {  # the extension that a request belongs t
     Request.REM_MEM_REG: ProtocolFeature.CONFIGURE_MEM_SLOTS,
     Request.GET_STATUS: ProtocolFeature.STATUS,
     Request.SET_STATUS: ProtocolFeature.STATUS,
+    Request.SET_BACKEND_REQ_FD: ProtocolFeature.BACKEND_REQ,
 }
+_TELLS_CONFIG = ProtocolFeature.CONFIG | ProtocolFeature.BACKEND_REQ
 
 
 class Device(Protocol):
     """What a session serves."""
 
     features: int  # of the device type
+    acked: int  # set by the session: what of them the driver takes
     config: bytes  # its configuration space
-    handlers: Sequence[Callable[[DeviceRing], int] | None]  # one a queue; None: buffers are kept
+    handlers: Sequence[Callable[[DeviceRing], int] | None]  # one a queue; None: for the device to pop
     settle: Callable[[], None]  # set by the session: do what is available on all queues but 0
 
     def set_config(self, offset: int, data: bytes) -> bool:
@@ -79,6 +85,31 @@ class Device(Protocol):
 
     def reset(self) -> None:
         """Be as at the start of a session."""
+
+    def use(self, rings: Mapping[int, DeviceRing]) -> None:
+        """These rings, by number, are started and enabled; no others may be touched."""
+
+    def drop(self, ring: DeviceRing) -> None:
+        """A ring has stopped: forget what is held of it."""
+
+    def tend(self) -> float:
+        """Do what is due; in how many seconds to be called again, -1 if only something else tells."""
+
+    def forget(self) -> None:
+        """Here is no driver: be as for one that comes new."""
+
+
+class Changed(Protocol):
+    """Where changes of the device come from while it is served."""
+
+    def fileno(self) -> int:
+        """Readable when there is one."""
+
+    def apply(self) -> None:
+        """Take it, and change the device."""
+
+    def answer(self) -> None:
+        """Say that it is done."""
 
 
 class _Vring:
@@ -106,9 +137,11 @@ class Session:
         device: Device,
         features: int = FEATURES,
         extensions: int = EXTENSIONS,
+        changes: Changed | None = None,
     ) -> None:
         """`features`, to which the device's are added, and `extensions` are what to offer."""
-        self._sock, self._device = sock, device
+        self._sock, self._device, self._changes = sock, device, changes
+        self._back: socket.socket | None = None  # the channel on which we ask the front end
         device.settle = self._settle
         self._features, self._extensions = features | device.features, int(extensions)
         self._acked = self._acked_extensions = 0
@@ -120,6 +153,8 @@ class Session:
         self._decoder = Decoder()
         self._epoll = select.epoll()
         self._epoll.register(sock, select.EPOLLIN)
+        if changes is not None:
+            self._epoll.register(changes, select.EPOLLIN)
         self._handlers: dict[int, Callable[[bytes, list[int]], bytes | None]] = {
             Request.GET_FEATURES: lambda payload, fds: encode_u64(self._features),
             Request.SET_FEATURES: self._set_features,
@@ -145,6 +180,7 @@ class Session:
             Request.GET_STATUS: lambda payload, fds: encode_u64(self._status),
             Request.SET_STATUS: self._set_status,
             Request.RESET_DEVICE: self._reset_device,
+            Request.SET_BACKEND_REQ_FD: self._set_backend_req_fd,
         }
 
     def run(self) -> None:
@@ -159,11 +195,15 @@ class Session:
                 awake = now + _SPIN_NS
             if now < awake and now < look:
                 continue
-            for fd, _ in self._epoll.poll(0 if now < awake else self._doze()):
+            rest = self._device.tend()
+            for fd, _ in self._epoll.poll(0 if now < awake else self._doze(rest)):
                 if fd in self._kicks:
                     self._kicked(self._kicks[fd])
-                elif fd == self._sock.fileno() and not self._receive():
-                    return
+                elif fd == self._sock.fileno():
+                    if not self._receive():
+                        return
+                elif self._changes is not None and fd == self._changes.fileno():
+                    self._change(self._changes)
             look = time.monotonic_ns() + _LOOK_NS
             for _, ring in self._live:
                 ring.disarm()
@@ -175,6 +215,7 @@ class Session:
         for vring in self._vrings:
             self._stop(vring)
             self._set_call(vring, -1)
+        self._set_back(None)
         self._memory = SharedMemory()
         self._epoll.close()
         self._sock.close()
@@ -189,7 +230,10 @@ class Session:
         for count in range(1, ring.size + 1):
             if head < 0:
                 break
-            ring.push(head, handle(ring))
+            try:
+                ring.push(head, handle(ring))
+            except Kept:
+                pass  # the device pushes it
             if count % _BATCH == 0:
                 ring.notify()
             head = ring.pop() if count < ring.size else -1
@@ -203,10 +247,11 @@ class Session:
             if vring.index:
                 self._serve(vring, ring)
 
-    def _doze(self) -> int:
-        """Ask for kicks; how long one may sleep: until something happens (-1), or not at all."""
-        idle = [ring.arm() and not vring.polled for vring, ring in self._live if vring.handler is not None]
-        return -1 if all(idle) else 0
+    def _doze(self, rest: float) -> float:
+        """Ask for kicks; how long one may sleep: `rest` at most (-1: for ever), or not at all."""
+        idle = [ring.arm() for _, ring in self._live]
+        polled = any(v.polled and v.enabled and v.ring is not None for v in self._vrings)
+        return rest if all(idle) and not polled else 0
 
     def _kicked(self, vring: _Vring) -> None:
         try:
@@ -236,6 +281,7 @@ class Session:
         """Stop a ring. The kick descriptor goes too: a late kick in it would start it again."""
         if vring.ring is not None:
             vring.base = vring.ring.index
+            self._device.drop(vring.ring)
         vring.ring = None
         self._set_kick(vring, -1)
         self._choose()
@@ -260,11 +306,13 @@ class Session:
         vring.call = fd
 
     def _choose(self) -> None:
-        """A ring is served if it is started and enabled.
+        """A ring is served if it is started and enabled, and not left to the device.
 
         The status does not count: QEMU 7.2 never sends DRIVER_OK to a SCSI device.
         """
-        self._live = [(v, v.ring) for v in self._vrings if v.enabled and v.ring is not None]
+        live = [(v, v.ring) for v in self._vrings if v.enabled and v.ring is not None]
+        self._live = [(vring, ring) for vring, ring in live if vring.handler is not None]
+        self._device.use({vring.index: ring for vring, ring in live})
 
     def _attach(self, vring: _Vring) -> None:
         if vring.ring is None or vring.addresses is None:
@@ -276,6 +324,38 @@ class Session:
             self._memory.area(f"available ring {index}", at.available, 6 + 2 * size, 2),
             self._memory.area(f"used ring {index}", at.used, 6 + 8 * size, 4),
         )
+
+    # Changes of the device
+
+    def _change(self, changes: Changed) -> None:
+        before = self._device.config
+        changes.apply()
+        for vring, handler in zip(self._vrings, self._device.handlers, strict=True):
+            vring.handler = handler
+        if self._device.config != before and self._acked_extensions & _TELLS_CONFIG == _TELLS_CONFIG:
+            self._tell(Message(BackendRequest.CONFIG_CHANGE_MSG))
+        changes.answer()
+
+    def _tell(self, message: Message) -> None:
+        """Tell the front end, unless it has left so much unread that it will look anyway.
+
+        No answer is asked for: it may wait for one of ours at this moment.
+        """
+        if self._back is None:
+            return
+        data = message.encode()
+        try:
+            if self._back.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) != len(data):
+                self._set_back(None)
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._set_back(None)  # the front end has closed it
+
+    def _set_back(self, sock: socket.socket | None) -> None:
+        if self._back is not None:
+            self._back.close()
+        self._back = sock
 
     # Messages
 
@@ -324,7 +404,7 @@ class Session:
         features = decode_u64(payload)
         if features & ~self._features:
             raise ProtocolError(f"features {features:#x}, offered were {self._features:#x}")
-        self._acked = features
+        self._acked = self._device.acked = features
         if not features & PROTOCOL_FEATURES:  # then rings start enabled (Ring states)
             for vring in self._vrings:
                 vring.enabled = True
@@ -442,3 +522,12 @@ class Session:
             self._stop(vring)
             vring.base = 0
             vring.enabled = not self._acked & PROTOCOL_FEATURES
+
+    def _set_backend_req_fd(self, payload: bytes, fds: list[int]) -> None:
+        if len(fds) != 1:
+            raise ProtocolError(f"{len(fds)} descriptors for the channel back, want 1")
+        try:
+            self._set_back(socket.socket(fileno=fds[0]))
+        except OSError as error:
+            raise ProtocolError(f"the channel back: {error}") from error
+        fds.clear()
