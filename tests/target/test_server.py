@@ -17,67 +17,12 @@ import pytest
 import virtio.target
 from tests.target import front_end as fe
 from tests.target.front_end import GUEST, FrontEnd, eventfd, state, u64
+from tests.target.process import Process
 from virtio.errors import RequestError, TransportError
 from virtio.target.server import make_device, offers
 
 IN, OUT = struct.pack("<IIQ", 0, 0, 0), struct.pack("<IIQ", 1, 0, 0)
 OK = b"\0"
-
-
-class Process:
-    """`python -m virtio.target` with its output in pipes."""
-
-    def __init__(self, *arguments: str, path: str) -> None:
-        self.path = path
-        sanitizer = os.environ.get("ASAN_OPTIONS", "") + ":handle_sigbus=0"
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "virtio.target", path, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "ASAN_OPTIONS": sanitizer},
-        )
-
-    def line(self) -> str:
-        """The next complaint."""
-        assert self.process.stderr
-        return self.process.stderr.readline().decode().strip()
-
-    def ready(self) -> "Process":
-        assert self.process.stdout
-        assert self.process.stdout.readline().decode() == f"ready: {self.path}\n"
-        self.descriptors = len(os.listdir(f"/proc/{self.process.pid}/fd"))
-        return self
-
-    def end(self, number: int = signal.SIGTERM) -> tuple[int, bytes, bytes]:
-        """Exit status, and what else was on standard output and error."""
-        self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=10)
-        return self.process.returncode, out, err
-
-    def idle(self) -> bool:
-        """Whether it comes to hold as many descriptors as before the first front end, and no child."""
-        deadline = time.monotonic() + 10
-        proc = Path(f"/proc/{self.process.pid}")
-        while len(os.listdir(proc / "fd")) != self.descriptors or any(
-            path.read_text() for path in proc.glob("task/*/children")
-        ):
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.001)
-        return True
-
-
-@pytest.fixture
-def start(tmp_path) -> Iterator[object]:
-    with contextlib.ExitStack() as stack:
-
-        def start(*arguments: str, path: str = str(tmp_path / "socket")) -> Process:
-            target = Process(*arguments, path=path)
-            stack.callback(target.process.communicate)
-            stack.callback(target.process.kill)
-            return target
-
-        yield start
 
 
 def check(path: str, extensions: int = fe.MQ | fe.CONFIG) -> None:
@@ -266,7 +211,9 @@ def test_features_can_be_left_out(start):
         features = front.number(fe.GET_FEATURES)
         assert features & (fe.EVENT_IDX | fe.INDIRECT_DESC | 1 << 12 | 1 << 13) == 0  # MQ, DISCARD
         assert features & 1 << 14  # WRITE_ZEROES
-        assert front.number(fe.GET_PROTOCOL_FEATURES) == fe.REPLY_ACK | fe.RESET | fe.MEM_SLOTS | fe.BACKEND_REQ
+        assert (
+            front.number(fe.GET_PROTOCOL_FEATURES) == fe.REPLY_ACK | fe.RESET | fe.MEM_SLOTS | fe.BACKEND_REQ
+        )
     check(target.path, extensions=0)
 
 

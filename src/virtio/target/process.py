@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import select
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -13,7 +15,9 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from virtio.errors import RequestTimeout, TransportError
+from virtio.errors import RequestError, RequestTimeout, TransportError
+
+_ANSWER_S = 10.0  # for the control socket, which waits for a session itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +26,27 @@ class Served:
 
     path: str
     pid: int
+    control_path: str | None = None
 
     @property
     def address(self) -> str:
         """What `virtio_bdev.attach` takes."""
         return f"user:{self.path}"
+
+    def control(self, method: str, **parameters: object) -> object:
+        """Change the target while it runs, or look at it: see docs/cli.md for the methods.
+
+        Returns when a front end, if one is connected, is served so. RequestError with what the
+        target says if it does not do it; TransportError or RequestTimeout if it does not answer.
+        """
+        if self.control_path is None:
+            raise RequestError("the target has no control socket: serve(..., control=True)")
+        request = {"jsonrpc": "2.0", "method": method, "params": parameters, "id": 1}
+        reply = json.loads(_exchange(self.control_path, json.dumps(request).encode() + b"\n"))
+        if "error" in reply:
+            raise RequestError(reply["error"]["message"])
+        result: object = reply["result"]
+        return result
 
 
 @contextlib.contextmanager
@@ -37,12 +57,14 @@ def serve(
     queues: int = 4,
     path: str | None = None,
     without: Iterable[str] = (),
+    control: bool = False,
     timeout: float = 10.0,
 ) -> Iterator[Served]:
     """Run a target while the block lasts; it also ends with this process.
 
     `disks` are as for `run`, or one of `ram` bytes if there are none; `path` is that of the socket,
-    which is otherwise in a directory of its own. Its complaints go to our standard error. Raises
+    which is otherwise in a directory of its own. With `control`, there is another beside it, for
+    `Served.control`. Its complaints go to our standard error. Raises
     TransportError if the target cannot start, RequestTimeout if it takes longer than `timeout`.
     """
     with contextlib.ExitStack() as stack:
@@ -54,6 +76,8 @@ def serve(
         command += [f"--dev-type={dev_type}", f"--queues={queues}"]
         command += [f"--disk={disk}" for disk in disks or (f"ram:{ram}",)]
         command += [f"--without={name}" for name in without]
+        control_path = f"{path}.control" if control else None
+        command += [f"--control={control_path}"] if control_path else []
         found = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
         process = stack.enter_context(
             subprocess.Popen(
@@ -66,7 +90,26 @@ def serve(
         )
         stack.callback(_end, process)
         _await_ready(process, timeout)
-        yield Served(path, process.pid)
+        yield Served(path, process.pid, control_path)
+
+
+def _exchange(path: str, line: bytes) -> bytes:
+    """Send a line to a socket, and take one."""
+    answer = bytearray()
+    try:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(_ANSWER_S)
+            sock.connect(path)
+            sock.sendall(line)
+            while not answer.endswith(b"\n") and (data := sock.recv(1 << 16)):
+                answer += data
+    except TimeoutError:
+        raise RequestTimeout(f"{path} has not answered in {_ANSWER_S:g} s") from None
+    except OSError as error:
+        raise TransportError(f"{path}: {error}") from error
+    if not answer.endswith(b"\n"):
+        raise TransportError(f"{path} was closed before it answered")
+    return bytes(answer)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -27,9 +27,14 @@ from virtio_bdev.config import DEV_TYPES
     "targets 0, 1, ...",
 )
 @click.option("--queues", type=click.IntRange(1), default=4, show_default=True, help="Request queues.")
-def command(socket: str, dev_type: str, disks: tuple[str, ...], queues: int) -> None:
+@click.option(
+    "--control",
+    metavar="SOCKET",
+    help="Take changes by JSON-RPC on this socket while it runs: disks that come, go and grow, faults.",
+)
+def command(socket: str, dev_type: str, disks: tuple[str, ...], queues: int, control: str | None) -> None:
     """Serve disks on the vhost-user socket SOCKET, to one front end after another.
 
     Prints "ready: SOCKET" once front ends can connect; SIGINT or SIGTERM ends it.
     """
-    target.run(socket, dev_type, list(disks), queues)
+    target.run(socket, dev_type, list(disks), queues, control=control)
