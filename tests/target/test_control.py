@@ -59,6 +59,7 @@ def test_a_request_and_its_answer():
         (b'{"jsonrpc":"2.0","method":7,"id":"a"}', -32600, "a"),
         (b'{"jsonrpc":"2.0","method":"go","id":[1]}', -32600, None),
         (b'{"jsonrpc":"2.0","method":"go","id":true}', -32600, None),
+        (b'{"jsonrpc":"2.0","method":"go","id":1e999}', -32600, None),
         (b'{"jsonrpc":"2.0","method":"go","more":1,"id":1}', -32600, 1),
         (b'{"jsonrpc":"2.0","method":"go","params":[1],"id":1}', -32602, 1),
         (b'{"jsonrpc":"2.0","method":"fail","id":1}', -32000, 1),

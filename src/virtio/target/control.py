@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import select
 import socket
 import traceback
@@ -144,8 +145,7 @@ def answer(line: bytes, call: Call) -> bytes:
         method, parameters = _check(request)
         reply: dict[str, object] = {"result": _do(call, method, parameters)}
     except _Problem as problem:
-        if isinstance(identity, bool) or not isinstance(identity, str | int | float):
-            identity = None
+        identity = identity if _identifies(identity) else None
         reply = {"error": {"code": problem.code, "message": str(problem)}}
     else:
         if "id" not in request:
@@ -175,11 +175,17 @@ def _check(request: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
         raise _Problem(INVALID_REQUEST, 'jsonrpc has to be "2.0"')
     if not isinstance(method, str) or not set(request) <= _FIELDS:
         raise _Problem(INVALID_REQUEST, "a request has a method, params and an id, nothing else")
-    if isinstance(identity, bool) or not isinstance(identity, str | int | float | None):
+    if not _identifies(identity):
         raise _Problem(INVALID_REQUEST, "an id is a string, a number or null")
     if not isinstance(parameters, dict):
         raise _Problem(INVALID_PARAMS, "params have names")
     return method, parameters
+
+
+def _identifies(identity: object) -> bool:
+    if isinstance(identity, float):
+        return math.isfinite(identity)  # JSON has 1e999, and no word for what it becomes
+    return identity is None or (isinstance(identity, str | int) and not isinstance(identity, bool))
 
 
 def _do(call: Call, method: str, parameters: Mapping[str, Any]) -> object:

@@ -165,7 +165,7 @@ class Host:
         while (now := time.monotonic()) < deadline:
             grace = None if deadline == float("inf") else 1000 * (deadline - now)
             ready = [number for number, _ in poll.poll(grace)]
-            if self._lifeline in ready and not os.read(self._lifeline or 0, 4096):
+            if self._lifeline is not None and self._lifeline in ready and not os.read(self._lifeline, 4096):
                 return False
             if fd in ready:
                 return True

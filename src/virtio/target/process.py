@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from virtio.errors import RequestError, RequestTimeout, TransportError
 
@@ -33,7 +34,7 @@ class Served:
         """What `virtio_bdev.attach` takes."""
         return f"user:{self.path}"
 
-    def control(self, method: str, **parameters: object) -> object:
+    def control(self, method: str, **parameters: object) -> Any:
         """Change the target while it runs, or look at it: see docs/cli.md for the methods.
 
         Returns when a front end, if one is connected, is served so. RequestError with what the
@@ -45,8 +46,7 @@ class Served:
         reply = json.loads(_exchange(self.control_path, json.dumps(request).encode() + b"\n"))
         if "error" in reply:
             raise RequestError(reply["error"]["message"])
-        result: object = reply["result"]
-        return result
+        return reply["result"]
 
 
 @contextlib.contextmanager
