@@ -17,7 +17,7 @@ from tests.target import front_end as fe
 from tests.target.front_end import GUEST, FrontEnd
 from tests.target.process import Process
 from virtio.errors import RequestError, RequestTimeout, TransportError
-from virtio.target.control import answer
+from virtio.target.control import ControlServer, answer
 
 MIB = 1 << 20
 IN = struct.pack("<IIQ", 0, 0, 0)
@@ -77,6 +77,20 @@ def test_a_mistake_of_ours_is_told_and_shown(capfd):
     said = json.loads(answer(b'{"jsonrpc":"2.0","method":"err","id":1}', echo))
     assert said["error"] == {"code": -32603, "message": "ZeroDivisionError: a mistake"}
     assert "Traceback" in capfd.readouterr().err
+
+
+def test_answers_that_are_not_read_are_not_made(tmp_path):
+    made = []
+
+    def call(method: str, parameters: object) -> object:
+        made.append(method)
+        return "x" * 100_000
+
+    with ControlServer(str(tmp_path / "control"), call) as server, Client(server.path) as client:
+        client.sock.sendall(b'{"jsonrpc":"2.0","method":"go","id":1}\n' * 1000)
+        for _ in range(100):
+            server.serve()
+        assert 1 <= len(made) < 20
 
 
 # A target as a process.
@@ -241,6 +255,16 @@ def test_a_message_of_the_largest_size_is_taken_and_a_larger_one_ends_the_connec
             assert client.file.read() == b""
 
 
+def test_a_connection_ends_though_a_session_began_meanwhile(hardened, target):
+    with Client(hardened) as client, FrontEnd.connect(target.path) as front:
+        front.number(fe.GET_FEATURES)
+        with contextlib.suppress(ConnectionError):
+            client.sock.sendall(b"x" * 100_000)
+        assert client.file.readline()
+        with contextlib.suppress(ConnectionError):
+            assert client.file.read() == b""
+
+
 def test_a_line_may_come_a_byte_at_a_time_and_several_at_once(hardened):
     line = b'{"jsonrpc":"2.0","method":"list_disks","id":1}\n'
     with Client(hardened) as client:
@@ -261,7 +285,14 @@ def test_those_who_say_half_a_line_or_nothing_stop_nobody(hardened, said):
             assert client.ask("list_disks") == [ONE]
 
 
-def test_a_client_that_does_not_read_is_not_read(hardened):
+def cpu_seconds(process: Process) -> float:
+    """What the target's own process has used of a processor."""
+    with open(f"/proc/{process.process.pid}/stat") as status:
+        fields = status.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime, stime
+
+
+def test_a_client_that_does_not_read_is_not_read(hardened, target):
     with Client(hardened) as rude, Client(hardened) as client:
         rude.sock.setblocking(False)
         sent = 0
@@ -271,9 +302,12 @@ def test_a_client_that_does_not_read_is_not_read(hardened):
                 sent += rude.sock.send(b'{"jsonrpc":"2.0","method":"list_disks","id":1}\n' * 100)
         assert client.ask("list_disks") == [ONE]
         assert sent < 4 * MIB
+        before = cpu_seconds(target)
+        time.sleep(0.3)
+        assert cpu_seconds(target) - before < 0.1  # it waits for him, and does not look all the time
         rude.sock.setblocking(True)
-        rude.sock.shutdown(socket.SHUT_WR)
-        assert rude.file.read().count(b"\n") >= sent // 47
+        for _ in range(sent // 47):
+            assert rude.file.readline()
 
 
 def test_a_client_may_leave_at_any_time(hardened):

@@ -167,6 +167,20 @@ def test_a_disk_grows_with_zeros_and_shrinks_and_forgets(tmp_path, kind):
     store.close()
 
 
+def test_memory_that_was_given_back_is_not_touched():
+    store = parse_disk("ram:1M")
+    store.resize(4096)
+    child = os.fork()
+    if not child:  # whom SIGBUS kills if it is
+        try:
+            store.read(8192, views(512))
+        except ValueError:
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    store.close()
+
+
 def test_a_disk_is_not_resized_to_what_it_cannot_be(tmp_path):
     (tmp_path / "disk").write_bytes(bytes(MIB))
     for spec, size, complaint in (

@@ -375,7 +375,7 @@ def test_busy_is_the_answer_to_so_many_commands(device):
 def test_each_so_many_th_command_of_data_is_a_medium_error(device):
     fault(device, every=2)
     said = []
-    for cdb in (READ_1, bytes(6), READ_1, INQUIRY, READ_1, READ_1):
+    for cdb in (READ_1, bytes(6), READ_1, b"\x35".ljust(10, b"\0"), READ_1, READ_1):
         answer = perform(device.handlers[2], [request(cdb, b"\1\3\0\0")], [108, 512])[1][0]
         said.append(answer[12 + 2 : 12 + 3].hex() + answer[24:26].hex() if answer[10] else "")
     assert said == ["", "", "031100", "", "", "031100"]

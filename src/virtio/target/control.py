@@ -34,6 +34,7 @@ class ControlServer:
     """Serves clients from an event loop, in which `fileno` is readable when there is work."""
 
     def __init__(self, path: str, call: Call) -> None:
+        self.path = path
         self._call = call
         self._listener = Listener(path, 0o600)
         self._listener.sock.setblocking(False)
