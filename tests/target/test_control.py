@@ -101,8 +101,8 @@ class Client:
 
     def __init__(self, path: str) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(path)  # with a time-out, a full backlog would be an error at once
         self.sock.settimeout(10)
-        self.sock.connect(path)
         self.file = self.sock.makefile("rb")
 
     def __enter__(self) -> "Client":
