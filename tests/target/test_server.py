@@ -361,7 +361,7 @@ def test_a_session_ends_with_its_target_however_that_ends(start):
         assert front.ended()
 
 
-def test_a_call_that_blocks_holds_up_nobody_else(start):
+def test_a_call_that_is_full_and_would_block_holds_up_nobody(start):
     target = start("--dev-type=blk", "--disk=ram:1M").ready()
     with FrontEnd.connect(target.path) as front, eventfd() as full:
         os.set_blocking(full, True)  # as it is the front end's business
@@ -370,9 +370,9 @@ def test_a_call_that_blocks_holds_up_nobody_else(start):
         front.ring(0)
         front.send(fe.SET_VRING_CALL, u64(0), [full])
         front.number(fe.GET_FEATURES)
-        front.request(0, [IN], [512, 1])
+        for _ in range(3):
+            assert front.request(0, [IN], [512, 1])[0] == 513
     check(target.path)
-    assert "stuck when its front end left" in target.line()
 
 
 def test_a_front_end_may_read_its_call_descriptor_blocking(start):
