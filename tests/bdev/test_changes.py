@@ -1,4 +1,4 @@
-"""Disks that come, go, grow, fail and hang while they are used: the embedded target, told to by its control."""
+"""Disks that come, go, grow, fail and hang in use: the embedded target, as its control tells it."""
 
 import random
 import threading

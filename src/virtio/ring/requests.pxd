@@ -95,8 +95,8 @@ cdef class RequestQueue:
     cdef uint32_t _chain, _free_count, _fault_count, _ended_first, _ended_count, _early_count
 
     @cython.locals(slot=int)
-    cpdef bint submit(self, Template template, uint64_t offset, uint64_t nbytes, uint64_t data, uint64_t token,
-                      uint32_t owner=*, kept=*) except -1
+    cpdef bint submit(self, Template template, uint64_t offset, uint64_t nbytes, uint64_t data,
+                      uint64_t token, uint32_t owner=*, kept=*) except -1
     cpdef void kick(self) noexcept
     cpdef void look(self) noexcept
     cdef uint32_t _next_ended(self) noexcept nogil

@@ -38,8 +38,8 @@ cdef class Submitter:
     @cython.locals(sent=bint)
     cdef bint _send(self, Template template, int64_t offset, int64_t nbytes, int64_t data, uint64_t token,
                     Buffer buffer) except -1
-    cpdef bint submit_plain(self, Template template, int64_t offset, int64_t nbytes, int64_t most, int64_t data,
-                            uint64_t token) except -1
+    cpdef bint submit_plain(self, Template template, int64_t offset, int64_t nbytes, int64_t most,
+                            int64_t data, uint64_t token) except -1
     @cython.locals(found=bint)
     cpdef bint cancel(self, uint64_t token) except -1
     cpdef list poll(self, int64_t limit=*)
