@@ -4,6 +4,7 @@ import os
 import random
 import threading
 import time
+from array import array
 from contextlib import contextmanager
 
 import pytest
@@ -487,6 +488,48 @@ def test_a_resized_blk_disk_changes_its_size_under_io(tmp_path, vectors):
                     channel.read(4 * MIB, 512)
                 channel.write(2 * MIB - 512, b"last one" * 64)
             assert path.read_bytes()[-512:] == b"last one" * 64
+
+
+@kinds
+def test_a_reset_under_verified_load_loses_nothing(tmp_path, kind):
+    """RST-1, PCI-10: by the status register, or by task management; each request completes once."""
+    path = image(tmp_path / "disk")
+    with Machine(QEMU, *device(kind, path, queues=2)) as machine:
+        with attached(machine, kind, queues=2) as controller:
+            bdev = next(iter(controller.values()))
+            failures, turns, done = [], [0, 0], threading.Event()
+
+            def work(number):
+                chance = random.Random(number)
+                base, content = number * MIB, bytearray(path.read_bytes()[number * MIB : (number + 1) * MIB])
+                try:
+                    with bdev.open(timeout=20, wait=("adaptive", "event")[number]) as channel:
+                        while not done.is_set():
+                            blocks = [chance.randrange(256) for _ in range(64)]
+                            into = bytearray(64 * 4096)
+                            offsets = array("Q", [base + 4096 * block for block in blocks])
+                            channel.read_batch(offsets, 4096, into).raise_for_status()
+                            for at, block in enumerate(blocks):
+                                want = content[4096 * block : 4096 * (block + 1)]
+                                assert into[4096 * at : 4096 * (at + 1)] == want
+                            at, data = 4096 * chance.choice(blocks), chance.randbytes(4096)
+                            channel.write(base + at, data)
+                            content[at : at + 4096] = data
+                            turns[number] += 1
+                    assert path.read_bytes()[base : base + MIB] == content
+                except BaseException as failure:
+                    failures.append(failure)
+
+            threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+            for thread in threads:
+                thread.start()
+            for turn in range(10):
+                time.sleep(0.03)
+                bdev.reset() if turn % 2 else controller.device.restart()
+            done.set()
+            for thread in threads:
+                thread.join()
+            assert failures == [] and all(turns)
 
 
 @kinds

@@ -63,6 +63,8 @@ LBA = 0x0102030405060708
         (scsi.unmap(24), "42 00 00000000 00 0018 00"),  # anchor | | group | parameter length
         (scsi.write_same_16(LBA, 8), "93 00 0102030405060708 00000008 00 00"),
         (scsi.write_same_16(LBA, 8, unmap=True), "93 08 0102030405060708 00000008 00 00"),
+        (scsi.write_same_10(0x01020304, 8, unmap=True), "41 08 01020304 00 0008 00"),
+        (scsi.compare_and_write(LBA, 2), "89 00 0102030405060708 000000 02 00 00"),  # | blocks | group
     ],
     ids=lambda value: value[:14] if isinstance(value, str) else "",
 )
@@ -108,6 +110,8 @@ def test_pyscsi_builds_the_same_reads_and_writes(lba: int, blocks: int, fua: boo
         assert build(lba, blocks, fua=fua) == theirs
     theirs = pyscsi("scsi_cdb_writesame16", "WriteSame16", "WRITE_SAME_16", 1, lba, blocks, b"", unmap=fua)
     assert scsi.write_same_16(lba, blocks, unmap=fua) == theirs
+    theirs = pyscsi("scsi_cdb_writesame10", "WriteSame10", "WRITE_SAME_10", 1, lba, blocks, b"", unmap=fua)
+    assert scsi.write_same_10(lba, blocks, unmap=fua) == theirs
 
 
 def test_pyscsi_builds_the_same_enquiries():
@@ -139,6 +143,8 @@ def sg_decode_sense(*args: str) -> str:
         (scsi.synchronize_cache_10(), "synchronize cache(10)"),
         (scsi.synchronize_cache_16(), "synchronize cache(16)"),
         (scsi.unmap(24), "unmap"),
+        (scsi.write_same_10(0, 1), "write same(10)"),
+        (scsi.compare_and_write(0, 1), "compare and write"),
         (scsi.read_capacity_16(), "read capacity(16)"),
         (scsi.report_luns(16), "report luns"),
     ],
@@ -360,6 +366,24 @@ def test_supported_pages_and_serial_number():
 def test_another_page_than_the_one_asked_for_is_refused():
     with pytest.raises(ProtocolError, match="VPD page 0x83 came, want 0x80"):
         scsi.decode_serial(bytes.fromhex("00 83 0000"))
+
+
+def test_the_best_name_of_a_unit_is_its_own_and_unique():
+    def named(kind, association=0, value=b"\1\2", code_set=1):
+        return scsi.Designator(kind, association, code_set, value)
+
+    assert scsi.best_designator([]) is None
+    port, nothing = named(3, association=1), named(3, value=b"")
+    assert scsi.best_designator([port, nothing, named(4)]) is None
+    vendor, t10, naa, uuid = named(0), named(1, code_set=2, value=b"VENDOR  1"), named(3), named(10)
+    assert scsi.best_designator([vendor, t10, port]) == t10 and not t10.unique
+    assert scsi.best_designator([vendor, naa, t10]) == naa and naa.unique
+    assert scsi.best_designator([naa, uuid]) == uuid and uuid.unique
+
+
+@pytest.mark.parametrize(("rate", "told"), [(0, 0), (1, 1), (2, 0), (0x400, 0), (7200, 7200), (0xFFFF, 0)])
+def test_the_rotation_rate_is_what_the_standard_defines(rate, told):
+    assert scsi.decode_rotation(scsi.encode_rotation(rate)) == told
 
 
 def test_designators_name_the_logical_unit():
