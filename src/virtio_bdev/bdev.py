@@ -132,6 +132,8 @@ class Bdev:
             "unmap": disk.unmap is not None and not disk.read_only,
             "flush": True,
             "write_zeroes": not disk.read_only,
+            "reset": True,
+            "compare_and_write": bool(disk.limits.max_compare_and_write) and not disk.read_only,
         }
         return {
             "name": self.name,

@@ -12,6 +12,8 @@ import warnings
 from array import array
 from typing import TYPE_CHECKING, Literal
 
+from virtio.device.dialogue import execute
+from virtio.device.scsi_errors import error_of
 from virtio.errors import (
     ChannelInUse,
     ClosedError,
@@ -33,6 +35,7 @@ from virtio.ring.requests import (
     first_bad_offset,
 )
 from virtio.ring.submit import Submitter
+from virtio.wire.scsi import compare_and_write
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -199,6 +202,34 @@ class Channel(Submitter):
                         buffers=[zeros],
                     )
                 )
+
+    def compare_and_write(self, offset: int, expected: BufferProtocol, data: BufferProtocol) -> bool:
+        """Write `data` if the disk has `expected` there, in one step that nobody can come between.
+
+        Whether it had. RequestError where the disk has no such operation, or takes at most
+        `limits.max_compare_and_write` bytes. After a RequestTimeout it is unknown what was done.
+        """
+        old, new = flat(expected), flat(data)
+        self._check(offset, new.nbytes, write=True)
+        most = self._disk.limits.max_compare_and_write
+        if old.nbytes != new.nbytes or not 0 < new.nbytes <= most:
+            raise RequestError(
+                f"{old.nbytes} bytes to compare and {new.nbytes} to write: {self.bdev.name} takes "
+                f"{most} of each at most"
+            )
+        block = self.bdev.block_size
+        cdb = compare_and_write(offset // block, new.nbytes // block)
+        deadline = deadline_in(self.timeout)
+        for _ in range(_TRIES):
+            with self._lease as lease:
+                pool = self._controller.device.pool
+                reply = execute(lease, pool, self._disk.address, cdb, b"".join((old, new)), 0, deadline)
+            error = error_of(reply, offset)
+            if error is None or not error.transient:
+                break
+        if error is not None and error.errno != errno.EILSEQ:
+            raise error
+        return error is None
 
     def flush(self) -> None:
         """Make durable what was written and has completed, by whichever channel.

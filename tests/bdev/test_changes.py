@@ -8,7 +8,7 @@ from array import array
 import pytest
 
 import virtio_bdev
-from virtio.errors import DeviceError, RequestTimeout, TransportError
+from virtio.errors import DeviceError, RequestError, RequestTimeout, TransportError
 from virtio.target import serve
 from virtio_bdev import Added, Lost, Removed, Resized
 
@@ -144,6 +144,32 @@ def test_a_reset_of_a_unit_that_hangs_lets_its_requests_go_on_elsewhere_in_time(
     bdev.reset()
     reader.join(10)
     assert results == [content]
+
+
+def test_compare_and_write_writes_where_it_finds_what_it_expects(scsi):
+    target, controller = scsi
+    bdev = controller["VirtioScsi0t0"]
+    with bdev.open(timeout=10) as channel:
+        old, new = b"old!" * 256, b"new!" * 256
+        channel.write(1024, old)
+        target.control("unit_attention", target=0, lun=0, asc=0x29, ascq=0)
+        assert channel.compare_and_write(1024, old, new)
+        assert channel.read(1024, 1024) == new
+        assert not channel.compare_and_write(1024, old, bytes(1024))
+        assert channel.read(1024, 1024) == new
+        most = bdev.limits.max_compare_and_write
+        with pytest.raises(RequestError, match=f"takes {most} of each at most"):
+            channel.compare_and_write(0, bytes(most + 512), bytes(most + 512))
+        with pytest.raises(RequestError, match="512 bytes to compare and 1024 to write"):
+            channel.compare_and_write(0, bytes(512), bytes(1024))
+
+
+def test_a_disk_that_cannot_compare_says_so():
+    with serve("blk", ram="1M") as target:
+        with virtio_bdev.attach(target.address, dev_type="blk") as controller:
+            with controller["VirtioBlk0"].open() as channel:
+                with pytest.raises(RequestError, match="takes 0 of each at most"):
+                    channel.compare_and_write(0, bytes(512), bytes(512))
 
 
 def test_the_end_of_the_device_is_the_last_event():

@@ -24,6 +24,7 @@ class Limits(NamedTuple):
     unmap_alignment: int = 0
     unmap_start: int = 0
     max_write_zeroes: int = 0
+    max_compare_and_write: int = 0
     depth: int = 1 << 16
 
     def unmap_head(self, offset: int, nbytes: int) -> int:
@@ -48,7 +49,8 @@ class Disk:
 
     `size` is in bytes, a multiple of `block_size`. `place` tells it from its controller's others:
     "" for virtio-blk, "t0", "t0l3" for a unit. `identity` tells whether it is still the same disk
-    that is behind the place; `unique`: no other disk anywhere has it. `flush_known`: the device has said
+    that is behind the place; `unique`: no other disk anywhere has it. `address` is that of a logical
+    unit, for commands without a template. `flush_known`: the device has said
     that it takes a flush; if not, one that it does not know means that there is no cache.
 
     A template that is None is an operation it lacks; `write_fua` is durable when it has completed,
@@ -75,3 +77,4 @@ class Disk:
     identity: str = ""
     unique: bool = False
     flush_known: bool = True
+    address: bytes = b""

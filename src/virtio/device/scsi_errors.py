@@ -12,6 +12,7 @@ from virtio.wire.sense import Sense, SenseKey
 from virtio.wire.virtio_scsi import Response, ResponseCode
 
 from .dialogue import UNWRITTEN
+from .probe import Reply
 
 # What an answer means: the nearest errno, and whether the same request may be sent again: where nothing
 # was done, or doing it twice does no harm (SAM-5, 5.3 and 5.14; virtio 5.6.6.1). All else is EIO, and final.
@@ -57,26 +58,38 @@ def explain(finished: Finished, offset: int, transfer: bool) -> DeviceError | No
         words = "the device completed the request without writing a response"
         return DeviceError(errno.EIO, words, offset=offset)
     response = Response.decode(finished.response)
-    code, transient, sense = errno.EIO, False, b""
-    if response.response != ResponseCode.OK:
-        code, transient = _BY_RESPONSE.get(response.response, (code, transient))
-        words = f"virtio-scsi response {_name(ResponseCode, response.response)}"
-    elif response.status == scsi.Status.CHECK_CONDITION:
-        sense = response.sense
+    error = _error(response.response, response.status, response.sense, offset)
+    recovered = Sense.decode(response.sense)
+    if error is not None and recovered.key == SenseKey.RECOVERED_ERROR and not recovered.deferred:
+        error = None  # the device had trouble, and has done it all the same (SPC-4, 4.5.6)
+    if error is None and transfer and response.residual:
+        # Where it was none, that is what SPDK's target has not counted of the parameters of an UNMAP.
+        words = f"the device moved {response.residual} bytes less than asked for"
+        error = DeviceError(errno.EIO, words, offset=offset, status=response.status)
+    return error
+
+
+def error_of(reply: Reply, offset: int) -> DeviceError | None:
+    """What a reply to a command of one's own comes to; None for a good one."""
+    return None if reply.good else _error(reply.response, reply.status, reply.sense, offset)
+
+
+def _error(response: int, status: int, sense: bytes, offset: int) -> DeviceError | None:
+    code, transient = errno.EIO, False
+    if response != ResponseCode.OK:
+        code, transient = _BY_RESPONSE.get(response, (code, transient))
+        words, sense = f"virtio-scsi response {_name(ResponseCode, response)}", b""
+    elif status == scsi.Status.CHECK_CONDITION:
         decoded = Sense.decode(sense)
         code, transient = _BY_KEY.get(decoded.key, (code, transient))
         code = _BY_CODE.get(decoded.asc, code)
         words = decoded.describe()
-        if decoded.key == SenseKey.RECOVERED_ERROR and not decoded.deferred and not response.residual:
-            return None  # the device had trouble, and has done it all the same (SPC-4, 4.5.6)
-    elif response.status != scsi.Status.GOOD:
-        code, transient = _BY_STATUS.get(response.status, (code, transient))
-        words = f"SCSI status {_name(scsi.Status, response.status)}"
-    elif not transfer:
-        return None  # what SPDK's target has not counted of the parameters of an UNMAP
+    elif status != scsi.Status.GOOD:
+        code, transient = _BY_STATUS.get(status, (code, transient))
+        words, sense = f"SCSI status {_name(scsi.Status, status)}", b""
     else:
-        words = f"the device moved {response.residual} bytes less than asked for"
-    return DeviceError(code, words, offset=offset, status=response.status, sense=sense, transient=transient)
+        return None
+    return DeviceError(code, words, offset=offset, status=status, sense=sense, transient=transient)
 
 
 def doubt(finished: Finished) -> Doubt:
