@@ -111,9 +111,23 @@ class Controller(Mapping[str, "Bdev"]):
 
     async def events(self) -> AsyncIterator[Event]:
         """What happens to the disks from now on; ends with the controller."""
+        loop, flag = asyncio.get_running_loop(), asyncio.Event()
         stream = self.blocking.events()
-        while (event := await _in_thread(stream.wait)) is not None:
-            yield event
+
+        def wake() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                loop.call_soon_threadsafe(flag.set)
+
+        stream.wake = wake
+        while True:
+            flag.clear()
+            event = stream.wait(0)
+            if event is not None:
+                yield event
+            elif stream.ended:
+                return
+            else:
+                await flag.wait()
 
     async def rescan(self) -> None:
         """Look for disks that came or went without an event."""

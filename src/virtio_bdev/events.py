@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
@@ -46,11 +46,13 @@ Event: TypeAlias = Added | Removed | Resized | Lost
 class Events(Iterator[Event]):
     """The events since this was made, in order; waits for each, and ends with the controller.
 
-    `missed` counts those that were thrown away because nobody took the ones before them.
+    `missed` counts those that were thrown away because nobody took the ones before them. `wake`, if
+    set, is called in any thread when there is something to take, or nothing more to come.
     """
 
     def __init__(self) -> None:
         self.missed = 0
+        self.wake: Callable[[], None] = lambda: None
         self._pending: deque[Event] = deque()
         self._ended = False
         self._changed = threading.Condition()
@@ -66,6 +68,11 @@ class Events(Iterator[Event]):
                 self._changed.wait(left)
             return self._pending.popleft() if self._pending else None
 
+    @property
+    def ended(self) -> bool:
+        """Whether there will be no more, once those that are here have been taken."""
+        return self._ended
+
     def __next__(self) -> Event:
         event = self.wait()
         if event is None:
@@ -80,9 +87,11 @@ class Events(Iterator[Event]):
             else:
                 self.missed += 1
             self._changed.notify_all()
+        self.wake()
 
     def end(self) -> None:
         """There will be none any more; idempotent."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
+        self.wake()

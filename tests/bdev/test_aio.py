@@ -345,3 +345,33 @@ async def test_a_reset_under_way_costs_nobody_anything(disk):
                 await asyncio.sleep(0)
                 await bdev.reset()
                 await asyncio.gather(*reads)
+
+
+@asynchronous
+async def test_events_are_awaited_and_end_with_the_controller():
+    with serve("scsi", "0:0=ram:1M", control=True) as target:
+        async with await aio.attach(target.address) as controller:
+            seen = []
+
+            async def watch():
+                async for event in controller.events():
+                    seen.append(type(event).__name__)
+
+            watcher = asyncio.create_task(watch())
+            forgotten = asyncio.create_task(anext(controller.events()))
+            await asyncio.sleep(0)
+            threads, count = threading.active_count(), 0
+            for call in (
+                {"method": "add_disk", "disk": "ram:1M"},
+                {"method": "resize_disk", "size": 2 << 20},
+                {"method": "remove_disk"},
+            ):
+                method = call.pop("method")
+                await asyncio.to_thread(target.control, method, target=0, lun=5, **call)
+                count += 1
+                while len(seen) < count:
+                    await asyncio.sleep(0.01)
+            assert seen == ["Added", "Resized", "Removed"]
+            assert type(await forgotten).__name__ == "Added"
+            assert threading.active_count() <= threads + 1  # of the executor that the test itself uses
+        await watcher
