@@ -122,6 +122,8 @@ class Failing:
         return lambda *args, **kwargs: self(instance, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if sys._getframe(1).f_code.co_name == "socketpair":  # which has its descriptors by then
+            return self.real(*args, **kwargs)
         self.calls += 1
         if self.calls == self.at:
             raise self.error()
