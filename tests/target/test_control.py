@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import stat
@@ -579,6 +580,19 @@ def test_what_a_session_was_told_when_it_died_is_done_for_the_next(scsi, control
             assert command(front, bytes(6), target=5)[1] == "2900"
         assert client.ask("list_disks") == [ONE, entry(5, 0, MIB, "five")]
     assert "killed by SIGKILL" in scsi.line()
+
+
+def test_a_session_that_is_stuck_when_its_front_end_leaves_is_ended_whatever_clients_ask(blk, control):
+    with FrontEnd.connect(blk.path) as front:
+        front.number(fe.GET_FEATURES)
+        stopped(blk)
+    with Client(control) as client, FrontEnd.connect(blk.path) as second:
+        second.send(fe.GET_FEATURES)
+        deadline = time.monotonic() + 8
+        while not (answered := select.select([second.sock], [], [], 0.01)[0]) and time.monotonic() < deadline:
+            client.ask("list_disks")
+        assert answered
+        assert "stuck when its front end left" in blk.line()
 
 
 def test_a_front_end_that_cannot_be_told_ends_its_session_and_the_change_is_made(scsi, control):
