@@ -134,7 +134,7 @@ class Failing:
 def test_a_call_that_fails_is_unwound_whichever_it_is(target, monkeypatch, module, name, error):
     use(target)
     before = belongings()
-    for at in range(1, 100):
+    for at in range(1, 1000):
         failing = Failing(getattr(module, name), at, error)
         with monkeypatch.context() as patch:
             patch.setattr(module, name, failing)

@@ -677,3 +677,16 @@ def test_bits_outside_the_mask_decide_nothing():
         bench.queue.kick()
         bench.answer(bench.arrivals()[0], response)
         assert [f.result for f in bench.queue.poll()] == [result]
+
+
+def test_what_was_back_when_the_device_was_reset_is_not_slept_through():
+    bench = Bench(4)
+    data = bench.pool.take(1024)
+    for token in range(2):
+        bench.queue.submit(READ, 0, 512, data.offset, token, 3)
+    bench.queue.kick()
+    bench.answer(bench.arrivals()[1], b"\0")
+    bench.queue.rewind()
+    assert not bench.queue.arm()
+    assert [f.token for f in bench.queue.poll(9, 3)] == [1]
+    assert bench.queue.arm() and bench.queue.in_flight == 1  # the other is with the device again

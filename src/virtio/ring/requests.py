@@ -692,7 +692,7 @@ class RequestQueue:
 
     def arm(self) -> bool:
         """Ask for an interrupt; true when nothing is ready and it is safe to sleep."""
-        return self.ring.arm()
+        return bool(self._early_count == 0 and self.ring.arm())
 
     def disarm(self) -> None:
         """Ask for no interrupts again."""

@@ -31,6 +31,7 @@ cdef class Submitter:
     cdef public object _pool, _done, _later, _error
     cdef public dict _tries
 
+    @cython.locals(queue=RequestQueue)
     cdef int _begin(self) except -1
     @cython.locals(geometry=Geometry, room=int64_t)
     cpdef bint submit(self, Template template, int64_t offset, Buffer buffer, int64_t at, int64_t nbytes,

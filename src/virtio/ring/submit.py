@@ -91,10 +91,16 @@ class Submitter:
 
     # The compiled calls. While one is under way, nobody else is inside a call on the queue.
 
-    def _begin(self) -> None:
-        while self.queue.entered or self.queue.taken:
+    def _begin(self) -> int:
+        queue = self.queue
+        while True:
+            if queue.entered:
+                self._turn()
+            queue.entered = True  # first, and `taken` looked at second: a lease does it the other way round
+            if not queue.taken:
+                return 0
+            queue.entered = False
             self._turn()
-        self.queue.entered = True
 
     def submit(
         self, template: Template, offset: int, buffer: Buffer, at: int, nbytes: int, token: int
