@@ -79,10 +79,8 @@ class BlkDevice(Device):
     config: BlkConfig
 
     def _configure(self) -> None:
-        own = self.features & DEVICE_BITS
         try:
-            payload = self.transport.read_config(config_span(own), config_accesses(own))
-            config = BlkConfig.decode(payload, own)
+            config = self._read_config()
         except (TransportError, ProtocolError) as error:
             raise self._wondering(error) from error
         self.config = config
@@ -106,6 +104,11 @@ class BlkDevice(Device):
                 f"no block of {size} bytes fits in a request"
             )
         self.num_queues = 1 if config.num_queues is None else config.num_queues
+
+    def _read_config(self) -> BlkConfig:
+        own = self.features & DEVICE_BITS
+        payload = self.transport.read_config(config_span(own), config_accesses(own))
+        return BlkConfig.decode(payload, own)
 
     def discover(self, deadline: int | None) -> list[Disk]:
         """The one disk; its serial is read from it (GET_ID), or empty where there is none."""
@@ -169,9 +172,7 @@ class BlkDevice(Device):
 
     def _resize(self) -> None:
         """The configuration has changed: of what may change in it, the capacity matters (5.2.5.1)."""
-        own = self.features & DEVICE_BITS
-        payload = self.transport.read_config(config_span(own), config_accesses(own))
-        capacity = BlkConfig.decode(payload, own).capacity
+        capacity = self._read_config().capacity
         if capacity * SECTOR_SIZE > _MAX_BYTES:
             raise ProtocolError(f"{self.transport.address} claims {capacity} sectors: too many")
         self.config = dataclasses.replace(self.config, capacity=capacity)
