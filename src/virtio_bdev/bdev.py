@@ -76,9 +76,12 @@ class Bdev:
 
     @property
     def state(self) -> str:
-        """ "online", or "lost" once the disk or its device has gone, or was closed."""
-        lost = self._removed or self.controller.device.life.error is not None
-        return "lost" if lost else "online"
+        """ "online"; "away" while its back end is connected to again; "lost" once the disk or its device has
+        gone for good, or was closed."""
+        device = self.controller.device
+        if self._removed or device.life.error is not None:
+            return "lost"
+        return "online" if device.away is None else "away"
 
     def remove(self) -> None:
         """The disk is not there any more; for `Controller` to call."""

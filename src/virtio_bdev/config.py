@@ -57,6 +57,10 @@ def _seconds(text: str) -> float:
     return float(text)
 
 
+def _seconds_or_none(text: str) -> float:
+    return 0.0 if text == "0" else _seconds(text)
+
+
 class Option(NamedTuple):
     """How people write a field of `BdevSpec`: `parse` raises ValueError for what is not `want`."""
 
@@ -107,6 +111,13 @@ class BdevSpec:
     )
     timeout: float = _option(
         5.0, "Seconds to wait for any answer.", "a number of seconds above 0", "SECONDS", _seconds
+    )
+    reconnect: float = _option(
+        0.0,
+        "Seconds to try to connect again to a back end that has ended; what was under way is sent again.",
+        "a number of seconds, 0 for not at all",
+        "SECONDS",
+        _seconds_or_none,
     )
 
     def attach(self) -> Controller:

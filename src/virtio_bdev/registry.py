@@ -153,7 +153,8 @@ class Controller(Mapping[str, Bdev]):
         `cdb` has up to 32 bytes. `data` goes to the device, or at most `nbytes` come from it: up to
         1 MiB either way. On this thread's queue; whatever the command does to a disk that is in use
         is the caller's affair. RequestError for a controller that is not virtio-scsi, RequestTimeout
-        after `timeout` seconds, when the command may still take effect.
+        after `timeout` seconds, when the command may still take effect, TransportError if the device was
+        reset meanwhile, as nobody knows then whether it did.
         """
         device = self.device
         if not isinstance(device, ScsiDevice):
@@ -270,6 +271,7 @@ def attach(
     at_least: int | None = None,
     queue_size: int | None = None,
     timeout: float = 5.0,
+    reconnect: float = 0.0,
 ) -> Controller:
     """Attach a controller and find its disks.
 
@@ -277,6 +279,10 @@ def attach(
     unless given. `queues`: as many as the process has cores, up to what the device has, unless
     given; then exactly so many, or `at_least`, or NoQueueError. `queue_size`, a power of two, is
     256 unless given, 128 where that is refused. `timeout` in seconds bounds every wait.
+
+    A back end that ends is lost, unless `reconnect` says for how many seconds to try to
+    connect again: to the same disks. What was under way is sent again then, and its callers only wait
+    longer, up to their own time-outs; commands of your own fail, as nobody knows what became of them.
 
     Raises TransportError, ProtocolError, RequestTimeout or RequestError, and leaves nothing behind
     then. Blocks; any thread may call.
@@ -292,6 +298,8 @@ def attach(
         raise RequestError(f"queues {queues}, want 1 or more")
     if not timeout > 0:
         raise RequestError(f"timeout {timeout}, want a number of seconds above 0")
+    if not reconnect >= 0:
+        raise RequestError(f"reconnect {reconnect}, want a number of seconds, 0 for not at all")
     taken = _names.take(name, _DEFAULT_NAMES[dev_type])
     try:
         device = bring_up(
@@ -302,7 +310,9 @@ def attach(
             queue_size=queue_size,
         )
         try:
-            return Controller(device, taken, deadline_in(timeout))
+            controller = Controller(device, taken, deadline_in(timeout))
+            device.reconnect = reconnect
+            return controller
         except BaseException:
             device.close()
             raise

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
+import logging
 import os
 import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
 from virtio.errors import (
@@ -26,17 +27,21 @@ from virtio.ring.buffer import Buffer, address_of
 from virtio.ring.lease import Lease, deadline_in
 from virtio.ring.region import Pool, Region
 from virtio.ring.requests import Layout, RequestQueue, queue_bytes
-from virtio.transport.base import QueuePort, RingAreas, Transport, negotiate
+from virtio.transport.base import Link, QueuePort, RingAreas, Transport, negotiate
 from virtio.wire.virtio import Feature
 
 from .chores import Chores
 from .disk import Disk
+
+log = logging.getLogger("virtio.device")
 
 DEVICE_BITS = 0xFFFFFF  # feature bits whose meaning the device type decides (6)
 QUEUE_SIZE = 256
 SMALL_QUEUE_SIZE = 128  # where the usual size is refused
 POOL_BYTES = 64 << 20  # what is not touched costs nothing; SPDK's target fails with small regions
 MAX_TRANSFER = 1 << 20  # bytes a request: more gains nothing and makes buffers scarce
+_RECONNECT_S = 0.05  # between two attempts to connect
+_CLOSE_S = 10.0  # how long closing waits for somebody who is starting the device again
 _LOOK_S = 0.001  # between two looks at rings that are to become idle
 _MAX_RINGS = 256  # that vhost-user has numbers for
 _DIRECT_TRANSFER = 64 << 10  # the same where each segment costs a descriptor of the ring
@@ -52,7 +57,8 @@ class Device(ABC):
     A subclass reads its configuration in `_configure`, which sets the attributes declared here.
     `report`, if set, is called with all disks that there are, in the thread of the chores, whenever
     they have changed since `discover`. `leases` are the queues of callers; `spare` is one that only
-    the driver itself uses, where there is one more than was wanted.
+    the driver itself uses, where there is one more than was wanted. `reconnect` is for how many seconds
+    a connection that has ended is tried again, before the device is lost.
     """
 
     FEATURES: type[enum.IntFlag]
@@ -85,11 +91,14 @@ class Device(ABC):
         self.spare: Lease | None = None
         self.report: Callable[[list[Disk]], None] = lambda disks: None
         self.chores = Chores(transport.address)
+        self._reconnections = Chores(transport.address)  # not behind those that wait for the device
         self._leases: list[Lease] = []  # of all request queues, whoever has them
         self._region: Region | None = None
         self._queues: list[RequestQueue] = []
         self._rings: list[tuple[int, int, Buffer]] = []  # of each: index, size, memory
-        self._restarting = threading.Lock()
+        self.reconnect = 0.0
+        self._link = transport if isinstance(transport, Link) else None
+        self._restarting = threading.RLock()  # a collector may close us amid it
         try:
             self.features = negotiate(transport, self.FEATURES, self.WANTED, 0)
             self.queue_size = self._fitting(self.FIXED_QUEUES)
@@ -111,6 +120,10 @@ class Device(ABC):
                 code = getattr(error, "errno", None) or errno.EIO
                 words = getattr(error, "strerror", None) or str(error)
                 raise QueueSetupError(code, f"{words}, with a queue size of {self.queue_size}") from error
+            if self._link is not None:
+                self._link.on_gone = weakly(self._gone)
+                if self.away is not None:
+                    raise self.away
         except BaseException:
             self.close()
             raise
@@ -126,6 +139,7 @@ class Device(ABC):
     def follow(self) -> None:
         """After `discover`: from now on `report` tells of changes."""
         self.chores.begin()
+        self._reconnections.begin()
 
     @property
     def indirect(self) -> bool:
@@ -217,47 +231,137 @@ class Device(ABC):
     def restart(self) -> None:
         """Reset the device, and send it again what it had: each request completes to its caller once.
 
-        Calls under way wait meanwhile; what was orphaned is done with. Blocks; any thread may call. If
-        it fails, the device is lost, and the error says so to everybody.
+        Calls under way wait meanwhile; what was orphaned is done with. Where no reset is to be had, the
+        connection is made anew. Blocks; any thread may call. If it fails, the device is lost, and the
+        error says so to everybody.
         """
-        with self._restarting, contextlib.ExitStack() as paused:
-            self.life.check()
-            deadline = deadline_in(2 * self.transport.timeout)
+        with self._starting("was reset, and does not come back"):
+            with self._paused():
+                try:
+                    if not self.transport.resets:
+                        self._drain()
+                    self.transport.renew()
+                    self._begin_again()
+                    return
+                except VirtioError as error:
+                    if self._link is None:
+                        raise
+                    log.warning("%s: connecting again, as no reset helps: %s", self.life.name, error)
+                self._part(self._link)
+            self._meet_again(self._link)
+
+    @contextlib.contextmanager
+    def _starting(self, plight: str) -> Iterator[None]:
+        """One at a time; what goes wrong ends the device."""
+        try:
+            with self._restarting:
+                self.life.check()
+                try:
+                    yield
+                except VirtioError as error:
+                    words = f"{self.transport.address} {plight}: {error}"
+                    self.life.end(TransportError(getattr(error, "errno", None) or errno.EIO, words))
+                    self.life.check()
+        finally:
+            if self.away is not None:  # again, and nobody has seen to it
+                self._gone(self.away)
+
+    @contextlib.contextmanager
+    def _paused(self) -> Iterator[None]:
+        """Have all queues to oneself, whatever calls are under way."""
+        deadline = deadline_in(2 * self.transport.timeout)
+        with contextlib.ExitStack() as paused:
             for lease in self._leases:
                 lease.pause(deadline)
                 paused.callback(lease.resume)
-            try:
-                if not self.transport.resets:
-                    self._drain()
-                self._begin_again()
-            except VirtioError as error:
-                words = f"{self.transport.address} was reset, and does not come back: {error}"
-                self.life.end(TransportError(getattr(error, "errno", None) or errno.EIO, words))
-                self.life.check()
+            yield
 
     def _drain(self) -> None:
         """Wait for what a device has that cannot be made to forget it: it may use our memory later."""
         end = time.monotonic() + self.transport.timeout
         while busy := sum(not queue.ring.idle() for queue in self._queues):
             self.life.check()
+            if self.away is not None:
+                raise self.away
             if time.monotonic() >= end:
                 raise RequestTimeout(
                     f"it has not returned the requests of {busy} queues in {self.transport.timeout:g} s, and "
-                    "has no reset that would make it forget them: attach again"
+                    "has no reset that would make it forget them"
                 )
             time.sleep(_LOOK_S)
 
-    def _begin_again(self) -> None:
-        self.transport.renew()
+    def _begin_again(self, *, mapped: bool = True) -> None:
+        """Bring the device up as new, with what the slots say was under way; for who has paused it."""
+        assert self._region is not None
         if negotiate(self.transport, self.FEATURES, self.WANTED, 0) != self.features:
-            raise ProtocolError(f"{self.transport.address} offers other features after a reset")
-        for queue in self._queues:
-            queue.rewind()
+            raise ProtocolError(f"{self.transport.address} offers other features than before")
+        if not mapped and self.transport.map(self._region) != self._mapping:
+            raise ProtocolError(f"{self.transport.address} has the memory elsewhere than before")
+        self._rewind()
         for index, size, memory in self._rings:
             self._connect(index, size, memory)
         self.transport.start()
         for queue in self._queues:
             queue.kick()
+
+    def _rewind(self) -> None:
+        """Put all rings back to their beginning, and what was under way into them."""
+        for queue in self._queues:
+            queue.rewind()
+
+    # Connecting again.
+
+    @property
+    def away(self) -> VirtioError | None:
+        """Why the other side is not there, or None if it is; `reconnect` says how long it may be away."""
+        return None if self._link is None else self._link.gone
+
+    def _gone(self, error: VirtioError) -> None:
+        """The other side has left; called in the control thread."""
+        if self._restarting.acquire(blocking=False):  # else whoever has it sees to it
+            self._restarting.release()
+            if self.reconnect > 0 and self.life.error is None:
+                self._reconnections.add("reconnect", self._reconnect)
+            else:
+                self.life.end(error)
+
+    def _reconnect(self) -> None:
+        if self._link is None or self.away is None:
+            return
+        log.warning("%s; trying to connect again for %g s", self.away, self.reconnect)
+        with self._starting("has gone, and does not come back"):
+            with self._paused():
+                self._part(self._link)
+            self._meet_again(self._link)
+
+    def _part(self, link: Link) -> None:
+        """Take our memory from a device that may still have it; what it was asked waits in our rings."""
+        assert self._region is not None
+        link.hang_up()
+        self._region.renew()
+        self._rewind()
+
+    def _meet_again(self, link: Link) -> None:
+        """Connect, and begin again; at least one attempt, and more of them for `reconnect` seconds."""
+        end = time.monotonic() + self.reconnect
+        while True:
+            try:
+                link.reconnect()
+                with self._paused():
+                    self._begin_again(mapped=False)
+                break
+            except VirtioError:
+                link.hang_up()
+                self.life.check()
+                if time.monotonic() >= end:
+                    raise
+            self.life.wait(_RECONNECT_S)
+        log.info("%s is connected again", self.life.name)
+        self.revalidate()
+
+    @abstractmethod
+    def revalidate(self) -> None:
+        """Look soon whether the disks are what they were."""
 
     def reset(self, place: str) -> None:
         """Have the device forget what it is doing for one disk; all of it if need be."""
@@ -275,7 +379,9 @@ class Device(ABC):
         """Take the device down: callers are told, rings stopped, memory let go; idempotent."""
         self.life.end(ClosedError(f"the controller of {self.transport.address} was closed"))
         self.transport.on_config_change = lambda: None
+        self._reconnections.close()
         self.chores.close()
+        mine = self.chores.mine and self._restarting.acquire(timeout=_CLOSE_S)
         with contextlib.ExitStack() as steps:  # whatever fails, the others are taken; the last one first
             if self._region is not None:
                 steps.callback(self._region.close)
@@ -287,6 +393,8 @@ class Device(ABC):
             steps.callback(self.transport.close)
             for lease in self._leases:
                 steps.callback(lease.retire)
+        if mine:
+            self._restarting.release()
 
     def __enter__(self) -> Device:
         return self

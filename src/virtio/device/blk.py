@@ -119,10 +119,10 @@ class BlkDevice(Device):
             raise self._wondering(error) from error
 
     def follow(self) -> None:
-        self.transport.on_config_change = weakly(self._config_changed)
+        self.transport.on_config_change = weakly(self.revalidate)
         super().follow()
 
-    def _config_changed(self) -> None:
+    def revalidate(self) -> None:
         self.chores.add("resize", self._resize)
 
     def _wondering(self, error: VirtioError) -> VirtioError:

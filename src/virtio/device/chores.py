@@ -29,12 +29,18 @@ class Chores:
         self._lock = threading.Lock()
         self._pid = os.getpid()
 
+    @property
+    def mine(self) -> bool:
+        """Whether this is the process they belong to, and not a child of a fork."""
+        return os.getpid() == self._pid
+
     def add(self, key: Hashable, chore: Callable[[], None]) -> None:
         """Have `chore` done soon; from any thread, but not from a child of a fork."""
-        if os.getpid() == self._pid:
+        if self.mine:
             with self._lock:
-                self._chores.setdefault(key, chore)
-                self._start()
+                if not self._closed:
+                    self._chores.setdefault(key, chore)
+                    self._start()
 
     def begin(self) -> None:
         """What was added, and will be, may be done from now on."""
@@ -44,7 +50,7 @@ class Chores:
 
     def close(self) -> None:
         """Forget what has not begun, and wait for the one that has; idempotent."""
-        if os.getpid() != self._pid:
+        if not self.mine:
             return
         with self._lock:
             self._closed = True
@@ -54,7 +60,7 @@ class Chores:
             thread.join(_JOIN_S)
 
     def _start(self) -> None:
-        if self._begun and not self._closed and self._chores and self._thread is None:
+        if self._begun and self._chores and self._thread is None:
             thread = threading.Thread(target=self._run, name="virtio-chores", daemon=True)
             self._thread = thread
             try:

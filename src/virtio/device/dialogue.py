@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
-from virtio.errors import RequestTimeout
+from virtio.errors import RequestTimeout, TransportError
 from virtio.ring.buffer import Buffer
 from virtio.ring.requests import (
     FROM_DEVICE,
@@ -51,6 +52,7 @@ LAYOUT = Layout(
 UNWRITTEN = LAYOUT.result_mask
 
 _AT_ONCE = 32  # conversations under way
+_REPEATS = 8  # commands of one conversation that came back without an answer, and are sent again
 
 
 class _Turn(NamedTuple):
@@ -79,6 +81,7 @@ class Dialogue(Generic[T]):
         self._ready: deque[tuple[int, Reply | None]] = deque()  # who can go on, and with what
         self._wishes: deque[tuple[int, Command]] = deque()  # what waits for a room
         self._paused: list[tuple[int, int]] = []  # until when, and who
+        self._unanswered = Counter[int]()  # commands of each conversation
         self._next_token = 0
 
     def run(self, conversations: Sequence[tuple[int, Conversation[T]]]) -> list[T]:
@@ -156,11 +159,19 @@ class Dialogue(Generic[T]):
         for finished in heard:
             turn = self._turns.pop(finished.token)
             self._rooms.append(turn.room)
-            if turn.conversation is not None:
+            if turn.conversation is not None and self._to_repeat(turn.conversation, finished):
+                self._wishes.append((turn.conversation, turn.command))
+            elif turn.conversation is not None:
                 self._ready.append((turn.conversation, reply_of(finished, turn.data, turn.command.nbytes)))
             if turn.data is not turn.room:
                 turn.data.close()
         return bool(heard)
+
+    def _to_repeat(self, number: int, finished: Finished) -> bool:
+        """Whether a command came back without an answer, as all do when the device is reset."""
+        if finished.result == UNWRITTEN:
+            self._unanswered[number] += 1
+        return finished.result == UNWRITTEN and self._unanswered[number] <= _REPEATS
 
     def _until(self) -> int | None:
         """When there is something to do without a reply; RequestTimeout at the deadline."""
@@ -211,6 +222,9 @@ def execute(
                 lease.settle(deadline)  # only orphans can have all slots
             lease.queue.kick()
             (finished,) = lease.gather(1, deadline)
+            if finished.result == UNWRITTEN:
+                words = "was reset, or has written no response: it is unknown what became of the command"
+                raise TransportError(errno.EIO, f"{lease.life.name} {words}")
             return reply_of(finished, room, nbytes)
         finally:
             lease.queue.abandon(0)

@@ -266,12 +266,19 @@ class ScsiDevice(Device):
             )
             self.restart()
 
-    def _begin_again(self) -> None:
+    def _rewind(self) -> None:
         assert self._events is not None
         self._events.silence()
         self._events.rewind()
-        super()._begin_again()
+        super()._rewind()
+
+    def _begin_again(self, *, mapped: bool = True) -> None:
+        assert self._events is not None
+        super()._begin_again(mapped=mapped)
         self._events.listen(self._event_port, weakly(self._happened))
+
+    def revalidate(self) -> None:
+        self._rescan_soon(self._targets)
 
     def reset(self, place: str) -> None:
         """Reset the logical unit, or the device where it does not take that."""

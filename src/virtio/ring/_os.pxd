@@ -1,12 +1,16 @@
-"""The clock, the spin hint and eventfds; `_os.py` is the interpreted twin."""
+"""The clock, the spin hint, eventfds and mappings; `_os.py` is the interpreted twin."""
 
 from libc.stdint cimport uint64_t
+
+from virtio.ring._mem cimport Mem
 
 cdef extern from * nogil:
     """
     #include <errno.h>
     #include <poll.h>
     #include <stdint.h>
+    #include <string.h>
+    #include <sys/mman.h>
     #include <time.h>
     #include <unistd.h>
     static inline uint64_t vr_now_ns(void) {
@@ -28,7 +32,22 @@ cdef extern from * nogil:
         if (write(fd, &one, sizeof one) < 0 && errno != EAGAIN && errno != EINTR) return errno;
         return 0;
     }
+    static int vr_replace_mapping(vr_mem at, int fd, vr_mem fresh, int fresh_fd) {
+        off_t begin, end = 0;
+        while ((size_t)end < at.size) {
+            begin = lseek(fd, end, 3);  /* SEEK_DATA: holes stay without memory */
+            if (begin < 0 && errno == ENXIO) break;
+            end = begin < 0 ? -1 : lseek(fd, begin, 4);  /* SEEK_HOLE */
+            if (end < 0) { begin = 0; end = (off_t)at.size; }
+            memcpy(fresh.base + begin, at.base + begin, (size_t)(end - begin));
+        }
+        if (mmap(at.base, at.size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fresh_fd, 0) == MAP_FAILED)
+            return errno;
+        madvise(at.base, at.size, 10);  /* MADV_DONTFORK */
+        return 0;
+    }
     """
     uint64_t now_ns "vr_now_ns"() noexcept
     void relax "vr_relax"() noexcept
     int signal_eventfd "vr_signal_eventfd"(int fd) noexcept
+    int replace_mapping "vr_replace_mapping"(Mem at, int fd, Mem fresh, int fresh_fd) noexcept

@@ -1,10 +1,17 @@
-"""The clock, the spin hint and eventfds; `_os.pxd` is the compiled twin, which needs no GIL."""
+"""The clock, the spin hint, eventfds and mappings; `_os.pxd` is the compiled twin, which needs no GIL."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import mmap
+import os
 import time
 
 from virtio.ring import eventfd
+from virtio.ring._mem import Mem, address
+
+_MAP_FIXED = 0x10
 
 
 def now_ns() -> int:
@@ -24,4 +31,29 @@ def signal_eventfd(fd: int) -> int:
         eventfd.signal(fd)
     except OSError as error:
         return error.errno or 0
+    return 0
+
+
+def replace_mapping(at: Mem, fd: int, fresh: Mem, fresh_fd: int) -> int:
+    """Copy what a memfd mapped as `at` has to another one, mapped as `fresh`, and map that at `at`.
+
+    0, or the errno.
+    """
+    end = 0
+    while end < len(at):
+        try:
+            begin = os.lseek(fd, end, os.SEEK_DATA)  # holes stay without memory
+            end = os.lseek(fd, begin, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                break
+            begin, end = 0, len(at)
+        fresh[begin:end] = at[begin:end]
+    libc = ctypes.PyDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    where, size = ctypes.c_void_p(address(at)), ctypes.c_size_t(len(at))
+    protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED
+    if libc.mmap(where, size, protection, flags, fresh_fd, ctypes.c_long(0)) != where.value:
+        return ctypes.get_errno()
+    libc.madvise(where, size, mmap.MADV_DONTFORK)
     return 0

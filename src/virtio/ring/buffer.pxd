@@ -3,6 +3,7 @@
 cimport cython
 
 from virtio.ring._mem cimport Mem, Py_buffer, address, expose, null, window
+from virtio.ring._os cimport replace_mapping
 
 
 @cython.final

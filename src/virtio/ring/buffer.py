@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import cython
@@ -10,6 +11,7 @@ from virtio.errors import ClosedError
 
 if not cython.compiled:
     from virtio.ring._mem import Py_buffer, address, expose, null, window
+    from virtio.ring._os import replace_mapping
 
 if TYPE_CHECKING:
     from virtio.ring.region import Pool
@@ -118,3 +120,13 @@ class Buffer:
 def address_of(view: memoryview) -> int:
     """Where a view's bytes begin in this process."""
     return int(address(window(view)))
+
+
+def substitute(view: memoryview, fd: int, fresh: memoryview, fresh_fd: int) -> None:
+    """Copy what is in a mapped memfd to another one, mapped as `fresh`, and map that where `view` is.
+
+    No other thread of the interpreter runs in between. OSError if it cannot be mapped there.
+    """
+    code = replace_mapping(window(view), fd, window(fresh), fresh_fd)
+    if code:
+        raise OSError(code, os.strerror(code))

@@ -50,6 +50,8 @@ log = logging.getLogger("virtio.ring")
 
 _RETIRE_S = 5.0
 _TURN_S = 10.0  # how long a caller waits for one who has borrowed its lease
+_PARK_S = 0.001  # between two looks whether a call has paused
+_GIVE_WAY_S = 0.01  # how long a caller lets somebody borrow his queue, who may be asleep
 _ENTERED_S = 1.0  # and for one who submits: that takes microseconds
 _IN_USE = "another thread is inside a call on this queue: open a channel in each thread"
 _TRIES = 8  # of a request that a transient error hits
@@ -122,6 +124,16 @@ class Life:
         if self.error is not None:
             raise type(self.error)(*self.error.args) from None
 
+    def wait(self, seconds: float) -> None:
+        """Wait so long, or until this life ends; then raise what ended it."""
+        end = time.monotonic() + seconds
+        poll = select.poll()
+        with self._lock:
+            self.check()
+            poll.register(self.fd, select.POLLIN)
+        poll.poll(max(0.0, end - time.monotonic()) * 1000)
+        self.check()
+
     def close(self) -> None:
         """End it as closed, and close the descriptor; idempotent."""
         self.end(ClosedError("the controller was closed"))
@@ -164,9 +176,10 @@ class Lease:
         self._told = log.isEnabledFor(logging.DEBUG)  # once: what is not asked for costs nothing
         self.late: Callable[[Lease], None] | None = None
         self._lock = threading.Lock()
-        self._running = threading.Event()  # not while it is paused
-        self._running.set()
+        self._gate = threading.Condition()  # of those who pause it, and of the call that is amid it then
+        self._pausing = self._parked = False
         self._inside = False  # a caller, not somebody who has borrowed it
+        self._wanting: set[int] = set()  # threads that want to borrow it
         self._poll = select.poll()
         self._poll.register(completion_fd, select.POLLIN)
         self._poll.register(life.fd, select.POLLIN)
@@ -174,6 +187,8 @@ class Lease:
 
     def __enter__(self) -> Lease:
         self.life.check()
+        if self._wanting:
+            self._give_way()
         if not self._lock.acquire(blocking=False) and (
             self._inside or not self._lock.acquire(timeout=_TURN_S)
         ):
@@ -186,6 +201,12 @@ class Lease:
             raise
         self._inside = True
         return self
+
+    def _give_way(self) -> None:
+        """Let somebody borrow the queue between two calls that follow each other at once."""
+        end = time.monotonic() + _GIVE_WAY_S
+        while self._wanting and time.monotonic() < end:
+            time.sleep(0)
 
     def _enter(self, deadline: int | None) -> None:
         """Keep everybody from submitting one by one, who holds no lock; for who holds it."""
@@ -218,8 +239,12 @@ class Lease:
         no such moment before the deadline."""
         self.life.check()
         left = -1 if deadline is None else max(0.0, (deadline - time.monotonic_ns()) / 1e9)
-        if not self._lock.acquire(timeout=left):
-            raise RequestTimeout(f"a queue of {self.life.name} was never idle")
+        self._wanting.add(threading.get_ident())
+        try:
+            if not self._lock.acquire(timeout=left):
+                raise RequestTimeout(f"a queue of {self.life.name} was never idle")
+        finally:
+            self._wanting.discard(threading.get_ident())
         try:
             self.life.check()
             self._enter(deadline)
@@ -236,33 +261,49 @@ class Lease:
             self._lock.release()
 
     def pause(self, deadline: int | None) -> None:
-        """Have the queue to oneself, even amid a call, which waits for `resume`; RequestTimeout."""
-        self._running.clear()
+        """Have the queue to oneself, even amid a call, which waits for `resume`; RequestTimeout.
+
+        One at a time, which the caller sees to.
+        """
+        with self._gate:
+            self._pausing = True
         self.queue.pause(True)
         eventfd.signal(self.completion_fd)  # who sleeps wakes up and sees
-        left = -1 if deadline is None else max(0.0, (deadline - time.monotonic_ns()) / 1e9)
-        if not self._lock.acquire(timeout=left):
-            self.queue.pause(False)
-            self._running.set()
-            raise RequestTimeout(f"a call on a queue of {self.life.name} does not pause")
+        while not self._lock.acquire(timeout=_PARK_S):
+            with self._gate:
+                if self._parked:  # it keeps the lock: nobody else may have the queue amid its call
+                    return
+            if deadline is not None and time.monotonic_ns() >= deadline:
+                self._go_on()
+                raise RequestTimeout(f"a call on a queue of {self.life.name} does not pause")
         try:
             self._enter(deadline)
         except ChannelInUse:
+            self._go_on()
             self._lock.release()
             raise
 
     def resume(self) -> None:
         """Let go of what `pause` took; calls go on."""
+        with self._gate:
+            parked = self._parked
+        self._go_on()
+        if not parked:
+            self._leave()
+
+    def _go_on(self) -> None:
         self.queue.pause(False)
-        self._running.set()
-        self._leave()
+        with self._gate:
+            self._pausing = False
+            self._gate.notify_all()
 
     def _park(self) -> None:
         """Amid a call: let somebody have the queue who wants it paused."""
-        self._lock.release()
-        self._running.wait()
-        self._lock.acquire()
-        self.queue.taken = True
+        with self._gate:
+            self._parked = True
+            while self._pausing:
+                self._gate.wait()
+            self._parked = False
 
     def retire(self) -> None:
         """Wait until no call is inside, and let none in any more; the life must have ended."""

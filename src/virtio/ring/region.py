@@ -13,7 +13,7 @@ from collections import deque
 from typing import NamedTuple
 
 from virtio.errors import ClosedError, TransportError
-from virtio.ring.buffer import Buffer, address_of
+from virtio.ring.buffer import Buffer, address_of, substitute
 
 HUGE_PAGE = 2 << 20
 _SEALS = 0x1 | 0x2 | 0x4  # F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW
@@ -50,11 +50,7 @@ class Region:
         try:
             self.fd, memory, self.huge = _map(self.size)
         except OSError as error:
-            raise TransportError(
-                error.errno or errno.ENOMEM,
-                f"cannot map {self.size >> 20} MiB of shared memory: {error.strerror or error}; "
-                "see `ulimit -v`, `ulimit -n`, /proc/meminfo and the memory control group",
-            ) from error
+            raise self._unmappable(error) from error
         self.view = memoryview(memory)
         _mapped.add(memory)
         self.address = address_of(self.view)
@@ -62,6 +58,34 @@ class Region:
     def __del__(self) -> None:
         if getattr(self, "fd", -1) >= 0:
             os.close(self.fd)
+
+    def renew(self) -> None:
+        """Put the same bytes in a memfd of their own, at the same addresses.
+
+        Whoever has the old one, a back end that hangs, keeps it as it is: what it was to write is right, and
+        what it reads nobody sees. No thread runs Python code meanwhile; one that fills a buffer without
+        the interpreter's lock at this moment (`readinto`) may lose that. TransportError if there is no
+        memory for it.
+        """
+        try:
+            fd, memory, huge = _map(self.size)
+        except OSError as error:
+            raise self._unmappable(error) from error
+        try:
+            with memory, memoryview(memory) as fresh:
+                substitute(self.view, self.fd, fresh, fd)
+        except OSError as error:
+            os.close(fd)
+            raise self._unmappable(error) from error
+        os.close(self.fd)
+        self.fd, self.huge = fd, huge
+
+    def _unmappable(self, error: OSError) -> TransportError:
+        return TransportError(
+            error.errno or errno.ENOMEM,
+            f"cannot map {self.size >> 20} MiB of shared memory: {error.strerror or error}; "
+            "see `ulimit -v`, `ulimit -n`, /proc/meminfo and the memory control group",
+        )
 
     def close(self) -> None:
         """Close the descriptor and drop the mapping; idempotent."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import enum
 import errno
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
-from virtio.errors import TransportError
+from virtio.errors import TransportError, VirtioError
 from virtio.wire.virtio import ConfigField, Feature, Status, feature_names
 
 if TYPE_CHECKING:
@@ -72,6 +72,17 @@ class Transport(Protocol):
     def stop(self) -> None: ...
     def renew(self) -> None: ...  # stop, for a new initialization of the same device
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Link(Transport, Protocol):
+    """A transport whose other side can go away, and be connected to again."""
+
+    gone: VirtioError | None  # why nobody is there; set before `on_gone` is called
+    on_gone: Callable[[VirtioError], None]  # called in the control thread; ends `life` until it is set
+
+    def hang_up(self) -> None: ...  # let go of the connection there is; its eventfds stay
+    def reconnect(self) -> None: ...  # the same device as new, which knows no memory and no queues
 
 
 def negotiate(transport: Transport, device: type[enum.IntFlag], wanted: int, needed: int) -> int:

@@ -77,26 +77,31 @@ class VhostUser:
         self.timeout = timeout
         self.on_config_change: Callable[[], None] = lambda: None
         self._pid = os.getpid()
-        self._status = Status(0)
-        self._features = 0
-        self._next_guest_address = _GUEST_BASE
-        self._regions: list[MemoryRegion] = []
-        self._region_fds: list[int] = []
-        self._slots = 8
         self._ports: list[tuple[int, int]] = []  # kick and call eventfd of each ring
         self._back: socket.socket | None = None
         self.life = Life(self.address)
+        self.on_gone: Callable[[VirtioError], None] = self.life.end
         try:
             self._session = Session(path, timeout)
         except BaseException:
             self.life.close()
             raise
         try:
-            self._shake_hands()
-            control.watch(self._session.fileno(), _GONE, self._peer_gone)
+            self._begin()
         except BaseException:
             self.close()
             raise
+
+    def _begin(self) -> None:
+        self.gone: VirtioError | None = None
+        self._status = Status(0)
+        self._features = 0
+        self._next_guest_address = _GUEST_BASE
+        self._regions: list[MemoryRegion] = []
+        self._region_fds: list[int] = []
+        self._slots = 8
+        self._shake_hands()
+        control.watch(self._session.fileno(), _GONE, self._peer_gone)
 
     def _shake_hands(self) -> None:
         session = self._session
@@ -209,7 +214,8 @@ class VhostUser:
     def setup_queue(self, index: int, areas: RingAreas, base: int) -> QueuePort:
         """Describe ring `index`, and hand over its eventfds.
 
-        It must be the next one, or after `stop` one that was set up before, whose eventfds stay.
+        It must be the next one, or after `stop` or `reconnect` one that was set up before: its descriptors
+        keep their numbers, but the kick is a new one, as an old back end may live and take kicks.
         """
         if index > len(self._ports):
             raise ValueError(f"ring {index} set up after {len(self._ports)} others")
@@ -221,6 +227,10 @@ class VhostUser:
         session.tell(Request.SET_VRING_ADDR, payload)
         if index == len(self._ports):
             self._ports.append(_make_eventfds())
+        else:
+            fresh = make_eventfd()
+            os.dup2(fresh, self._ports[index][0], inheritable=False)
+            os.close(fresh)
         kick, call = self._ports[index]
         session.tell(Request.SET_VRING_CALL, VringFd(index).encode(), [call])
         session.tell(Request.SET_VRING_KICK, VringFd(index).encode(), [kick])
@@ -256,30 +266,48 @@ class VhostUser:
     def close(self) -> None:
         """Stop the rings if that can still be done, and let go of everything; idempotent."""
         if os.getpid() == self._pid:
-            if not self._session.closed:
-                control.unwatch(self._session.fileno())  # its end is not the device's from now on
+            self._unwatch()  # its end is not the device's from now on
             if self._session.error is None:
                 with contextlib.suppress(VirtioError, OSError, MemoryError):
                     self.stop()
-            if self._back is not None:
-                control.unwatch(self._back.fileno())
         self.life.close()
+        self.hang_up()
+        ports, self._ports = self._ports, []
+        close_all([fd for port in ports for fd in port])
+
+    def hang_up(self) -> None:
+        """Close the connection as it is: for a back end that is not there, or hangs; idempotent."""
+        if os.getpid() == self._pid:
+            self._unwatch()
         self._session.close()
         if self._back is not None:
             self._back.close()
             close_all(self._decoder.close())
             self._back = None
-        ports, self._ports = self._ports, []
-        close_all([fd for port in ports for fd in port])
+
+    def reconnect(self) -> None:
+        """Connect again, in place of a connection that was hung up; a failed attempt leaves none."""
+        self._session = Session(self.path, self.timeout)
+        try:
+            self._begin()
+        except BaseException:
+            self.hang_up()
+            raise
+
+    def _unwatch(self) -> None:
+        if not self._session.closed:
+            control.unwatch(self._session.fileno())
+        if self._back is not None:
+            control.unwatch(self._back.fileno())
 
     # The control thread's part.
 
     def _peer_gone(self, events: int) -> None:
         control.unwatch(self._session.fileno())
-        self.life.end(
-            self._session.error
-            or TransportError(errno.ECONNRESET, f"the back end at {self.path} closed the connection")
+        self.gone = self._session.error or TransportError(
+            errno.ECONNRESET, f"the back end at {self.path} closed the connection"
         )
+        self.on_gone(self.gone)
 
     def _open_back_channel(self) -> None:
         try:
