@@ -55,8 +55,6 @@ class StorageDaemon:
         self._folder = tempfile.TemporaryDirectory(prefix="qsd-")  # short: a socket's path is limited
         self.path = f"{self._folder.name}/disk.sock"
         self.address = f"user:{self.path}"
-        ours, theirs = socket.socketpair()
-        ours.settimeout(WAIT_S)
         command = [program]
         for node in nodes:
             command += ["--blockdev", node]
@@ -68,10 +66,16 @@ class StorageDaemon:
             command += ["--object", f"iothread,id=thread,poll-max-ns={poll_ns}"]
             export += ",iothread=thread"
         command += ["--export", export]
-        command += ["--chardev", f"socket,id=qmp,fd={theirs.fileno()}", "--monitor", "chardev=qmp"]
+        self._command = command
+        self._start()
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        ours.settimeout(WAIT_S)
+        monitor = ["--chardev", f"socket,id=qmp,fd={theirs.fileno()}", "--monitor", "chardev=qmp"]
         with theirs:
             self._process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, text=True
+                self._command + monitor, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, text=True
             )
         self.pid = self._process.pid
         self._monitor = Monitor(ours, self._fail)
@@ -98,6 +102,13 @@ class StorageDaemon:
         moment = time.monotonic()
         os.kill(self.pid, signal.SIGKILL)
         return moment
+
+    def restart(self) -> None:
+        """Another process in place of one that was killed, with the same disk on the same socket."""
+        self._process.communicate(timeout=WAIT_S)
+        self._monitor.close()
+        os.unlink(self.path)
+        self._start()
 
     def switches(self) -> int:
         """How often its threads were put to sleep so far: no more while nothing reaches it."""

@@ -605,6 +605,53 @@ def test_a_kill_is_noticed_while_nothing_is_asked(serve, noticed):
         noticed(moment, time.monotonic())
 
 
+@pytest.mark.parametrize("wait", ["adaptive", "event"])
+def test_one_that_is_killed_and_started_again_costs_no_request(serve, image, wait):
+    """Verified writes and reads go on across five kills; afterwards the file has what was written last."""
+    daemon = serve(file_node(image))
+    written, failures, rounds, stop = {}, [], [], threading.Event()
+
+    def work():
+        chance = random.Random(1)
+        try:
+            with attach(daemon, queues=2, reconnect=20) as controller:
+                with disk(controller).open(wait=wait, timeout=30) as channel:
+                    while not stop.is_set():
+                        offsets = array("Q", (BLOCK * i for i in chance.sample(range(32 * MIB // BLOCK), 64)))
+                        data = chance.randbytes(64 * BLOCK)
+                        channel.write_batch(offsets, BLOCK, data).raise_for_status()
+                        into = bytearray(64 * BLOCK)
+                        channel.read_batch(offsets, BLOCK, into).raise_for_status()
+                        assert into == data
+                        for i, offset in enumerate(offsets):
+                            written[offset] = data[i * BLOCK : i * BLOCK + BLOCK]
+                        rounds.append(1)
+        except BaseException as error:
+            failures.append(error)
+
+    def some_rounds():
+        enough, deadline = len(rounds) + 20, time.monotonic() + 30
+        while len(rounds) < enough and not failures:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        for _ in range(5):
+            some_rounds()
+            daemon.kill()
+            daemon.restart()
+        some_rounds()
+    finally:
+        stop.set()
+        worker.join(60)
+    assert not worker.is_alive() and failures == []
+    content = image.read_bytes()
+    for offset, data in written.items():
+        assert content[offset : offset + BLOCK] == data
+
+
 def test_a_removed_export_is_a_lost_device(serve):
     daemon = serve(IN_MEMORY, poll_ns=None)  # with a thread for the rings, QEMU 7.2 hangs here
     with doomed(daemon) as channel:
