@@ -18,6 +18,7 @@ import pytest
 
 from tests import needs
 from tests.cli.program import PROGRAM
+from tools import reference
 from virtio_bdev.cli import _COMMANDS
 from virtio_bdev.config import options_table
 
@@ -123,6 +124,10 @@ def test_what_is_shown_can_be_done(document, shell, tmp_path, monkeypatch):
 
 def test_the_options_of_a_dev_line_are_all_in_the_document():
     assert options_table() in (ROOT / "docs/config.md").read_text()
+
+
+def test_the_reference_is_what_the_docstrings_say():
+    assert reference.PAGE.read_text() == reference.page(), "make reference"
 
 
 def test_every_command_is_in_the_document():

@@ -51,14 +51,17 @@ def _power_of_two(text: str) -> int:
     return size
 
 
-def _seconds(text: str) -> float:
-    if not re.fullmatch(r"[0-9]{0,6}\.?[0-9]{1,9}", text) or not float(text):
+def _seconds_or_none(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{0,6}\.?[0-9]{1,9}", text):
         raise ValueError
     return float(text)
 
 
-def _seconds_or_none(text: str) -> float:
-    return 0.0 if text == "0" else _seconds(text)
+def _seconds(text: str) -> float:
+    seconds = _seconds_or_none(text)
+    if not seconds:
+        raise ValueError
+    return seconds
 
 
 class Option(NamedTuple):

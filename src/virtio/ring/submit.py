@@ -105,7 +105,7 @@ class Submitter:
     def submit(
         self, template: Template, offset: int, buffer: Buffer, at: int, nbytes: int, token: int
     ) -> bool:
-        """Queue a transfer between the disk at `offset` and the buffer at `at`."""
+        """Queue a transfer between the disk at `offset` and the buffer at `at`; for `Channel` to call."""
         geometry = self.geometry
         room = buffer.nbytes
         if nbytes < 0:
@@ -133,7 +133,7 @@ class Submitter:
     def submit_plain(
         self, template: Template, offset: int, nbytes: int, most: int, data: int, token: int
     ) -> bool:
-        """Queue a request without data of its own."""
+        """Queue a request without data of its own; for `Channel` to call."""
         self._begin()
         try:
             if not self._examine(template, offset, nbytes, most, None, 0):
