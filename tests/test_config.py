@@ -73,7 +73,7 @@ Dev User relative"-"path
         BdevSpec(address="user:/run/a#b"),
         BdevSpec(address="user:relative-path"),
     ]
-    assert [line.number for line in config.lines] == [6, 7, 8, 12]
+    assert [line.where.rpartition(":")[2] for line in config.lines] == ["6", "7", "8", "12"]
     assert config.ignored == ["Global", "Nvme"]
 
 

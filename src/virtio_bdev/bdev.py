@@ -128,7 +128,7 @@ class Bdev:
 
     def describe(self) -> dict[str, Any]:
         """The keys and values of SPDK's `bdev_get_bdevs`."""
-        disk, device = self.disk, self.controller.device
+        disk = self.disk
         able = {
             "read": True,
             "write": not disk.read_only,
@@ -154,14 +154,7 @@ class Bdev:
             "claimed": False,
             "zoned": False,
             "supported_io_types": {io_type: able.get(io_type, False) for io_type in _IO_TYPES},
-            "driver_specific": {
-                "virtio": {
-                    "vq_count": device.FIXED_QUEUES + len(device.leases),
-                    "vq_size": device.queue_size,
-                    "type": "user",
-                    "socket": self.controller.address.removeprefix("user:"),
-                }
-            },
+            "driver_specific": {"virtio": self.controller.describe()},
         }
 
     def __repr__(self) -> str:

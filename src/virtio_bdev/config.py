@@ -2,6 +2,7 @@
 
 The file is that of the original module: a section `[Virtio]` with lines `Dev User PATH` and
 `Dev Pci`. More words on a line name the controller and its type, and set the fields of `BdevSpec`.
+A file that begins with `{` is of the other form, see `saved`.
 """
 
 from __future__ import annotations
@@ -123,9 +124,13 @@ class BdevSpec:
         _seconds_or_none,
     )
 
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `attach`."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
     def attach(self) -> Controller:
         """Attach it; raises what `virtio_bdev.attach` raises."""
-        return attach(**{each.name: getattr(self, each.name) for each in fields(self)})
+        return attach(**self.arguments())
 
 
 OPTIONS: dict[str, Option] = {
@@ -134,15 +139,26 @@ OPTIONS: dict[str, Option] = {
 """The fields of a `BdevSpec` beside its address, in order."""
 
 
-class Line(NamedTuple):
-    """A device that a configuration file asks for, and where."""
+def registered(**values: Any) -> BdevSpec:
+    """A BdevSpec of values that a program sent; ConfigError for what no person could have written."""
+    for name, value in values.items():
+        if name in OPTIONS and value is not None:
+            try:
+                OPTIONS[name].parse(f"{value:f}" if isinstance(value, float) else str(value))
+            except ValueError:
+                raise ConfigError(f"{name} {value!r}: want {OPTIONS[name].want}") from None
+    return BdevSpec(**values)
 
-    number: int
+
+class Line(NamedTuple):
+    """A device that a configuration file asks for, and where: for errors to say."""
+
+    where: str
     spec: BdevSpec
 
 
 class Config(NamedTuple):
-    """A configuration file: its devices, and the names of the sections that are not for us."""
+    """A configuration file: its devices, and the names of the sections or calls that are not for us."""
 
     path: str
     lines: list[Line]
@@ -155,6 +171,10 @@ def load(path: str) -> Config:
         data = file.read(_MAX_FILE + 1)
     if len(data) > _MAX_FILE:
         raise ConfigError(f"{path}: more than {_MAX_FILE} bytes, want a configuration file")
+    if data.lstrip()[:1] == b"{":
+        from virtio_bdev import saved  # which needs a library that the other form does not
+
+        return saved.read(path, data)
     return _Parser(path).parse(data)
 
 
@@ -183,9 +203,9 @@ class _Parser:
                 self._fail(words[0], "a section first, such as [Virtio]")
             elif _same(section, "Virtio"):
                 self._entry(words)
-        ignored = [name for name in sections if not _same(name, "Virtio")]
+        ignored = [f"[{name}]" for name in sections if not _same(name, "Virtio")]
         if not self._lines:
-            found = f"; it has {', '.join(f'[{name}]' for name in ignored)}" if ignored else ""
+            found = f"; it has {', '.join(ignored)}" if ignored else ""
             raise ConfigError(f"{self._path}: no device, want a [Virtio] section with Dev lines{found}")
         return Config(self._path, self._lines, ignored)
 
@@ -226,7 +246,7 @@ class _Parser:
         self._once(spec.address, self._addresses, words[2])
         if spec.name is not None:
             self._once(spec.name, self._names, f"name={spec.name}")
-        self._lines.append(Line(self._number, spec))
+        self._lines.append(Line(f"{self._path}:{self._number}", spec))
 
     def _pci(self, words: list[str]) -> NoReturn:
         if words and "=" not in words[0] and words[0] not in DEV_TYPES:

@@ -29,7 +29,7 @@ log = logging.getLogger("virtio.bdev")
 DevType: TypeAlias = Literal["scsi", "blk"]
 
 _DEVICES: dict[str, type[Device]] = {"blk": BlkDevice, "scsi": ScsiDevice}
-_DEFAULT_NAMES = {"blk": "VirtioBlk", "scsi": "VirtioScsi"}
+DEFAULT_NAMES = {"blk": "VirtioBlk", "scsi": "VirtioScsi"}
 
 
 class _Names:
@@ -190,6 +190,16 @@ class Controller(Mapping[str, Bdev]):
                 self._zeros[nbytes].view()[:] = bytes(nbytes)
             return int(self._zeros[nbytes].offset)
 
+    def describe(self) -> dict[str, object]:
+        """The keys and values that SPDK has for a virtio controller."""
+        device = self.device
+        return {
+            "vq_count": device.FIXED_QUEUES + len(device.leases),
+            "vq_size": device.queue_size,
+            "type": "user",
+            "socket": self.address.removeprefix("user:"),
+        }
+
     def take_lease(self) -> Lease:
         """This thread's queue lease, for one more channel; for `Channel` to call."""
         self.device.life.check()
@@ -300,7 +310,7 @@ def attach(
         raise RequestError(f"timeout {timeout}, want a number of seconds above 0")
     if not reconnect >= 0:
         raise RequestError(f"reconnect {reconnect}, want a number of seconds, 0 for not at all")
-    taken = _names.take(name, _DEFAULT_NAMES[dev_type])
+    taken = _names.take(name, DEFAULT_NAMES[dev_type])
     try:
         device = bring_up(
             lambda: VhostUser(path, timeout),

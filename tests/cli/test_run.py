@@ -1,7 +1,9 @@
 """`virtio-bdev run`."""
 
+import json
 import os
 import signal
+import socket
 
 import pytest
 
@@ -72,7 +74,7 @@ def test_sections_of_other_modules_are_named_and_passed_over(tmp_path, blk):
     )
     with started("run", "--config", path) as process:
         lines_until(process, b"ready")
-        want = f"virtio-bdev: {path}: sections that are not for us: [Global], [Malloc]\n".encode()
+        want = f"virtio-bdev: {path}: not for us, and skipped: [Global], [Malloc]\n".encode()
         assert stop(process) == (0, want)
 
 
@@ -87,3 +89,48 @@ def test_a_bad_line_is_told_before_anything_is_attached(tmp_path):
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name, words):
     done = run("run", "--config", tmp_path / name)
     assert (done.returncode, done.stderr.decode()) == (1, f"virtio-bdev: {tmp_path / name}: {words}\n")
+
+
+def test_a_killed_daemon_comes_back_the_same(tmp_path, scsi, blk):
+    """Names and uuids are those of before, from the configuration that was saved."""
+    path, saved = tmp_path / "rpc.sock", tmp_path / "saved.json"
+    text = f"[Virtio]\nDev User {scsi.path} queues=2\nDev User {blk.path} blk reconnect=2.5\n"
+    found = []
+    for source in (config(tmp_path, text), saved):
+        with started("run", "--config", source, "--rpc-socket", path) as process:
+            lines_until(process, b"ready")
+            found.append(json.loads(output("rpc", "--rpc-socket", path, "bdev_get_bdevs")))
+            if source is not saved:
+                saved.write_bytes(output("rpc", "--rpc-socket", path, "save_config"))
+                before = saved.read_bytes()
+            else:
+                assert output("rpc", "--rpc-socket", path, "save_config") == before
+            process.kill()
+    assert found[0] == found[1] and len(found[0]) == 4
+
+
+def test_the_service_manager_is_told(tmp_path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(20)
+        options = {"env": {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}}
+        with started("run", "--rpc-socket", tmp_path / "rpc.sock", **options) as process:
+            assert manager.recv(100) == b"READY=1"
+            assert stop(process) == (0, b"")
+            assert manager.recv(100) == b"STOPPING=1"
+
+
+def test_it_wants_something_to_do():
+    done = run("run")
+    assert done.returncode == 2 and b"want --config FILE, --rpc-socket PATH, or both" in done.stderr
+
+
+def test_a_device_that_is_lost_leaves_a_daemon_with_a_socket_running(tmp_path):
+    with serve("scsi", "ram:1M") as only:
+        path = config(tmp_path, f"[Virtio]\nDev User {only.path}\n")
+        with started("run", "--config", path, "--rpc-socket", tmp_path / "rpc.sock") as process:
+            lines_until(process, b"ready")
+            os.kill(only.pid, signal.SIGTERM)
+            assert b"is lost" in process.stderr.readline()
+            assert output("rpc", "--rpc-socket", tmp_path / "rpc.sock", "bdev_get_bdevs") == b"[]\n"
+            assert stop(process) == (0, b"")

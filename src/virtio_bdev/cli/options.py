@@ -98,6 +98,18 @@ def controller_options(command: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
+def rpc_socket_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--rpc-socket of a daemon that runs."""
+    return click.option(
+        "--rpc-socket",
+        envvar="VIRTIO_BDEV_RPC_SOCKET",
+        show_envvar=True,
+        required=True,
+        metavar="PATH",
+        help="The daemon's socket.",
+    )(command)
+
+
 def choose(controller: Controller, name: str | None) -> Bdev:
     """The disk of that name, or the only one."""
     names = ", ".join(controller) or "none"

@@ -1,0 +1,255 @@
+"""The methods: SPDK's names, parameters and results. docs/rpc.md says where ours differ, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+
+from virtio.device.scsi import ScsiDevice
+from virtio.errors import VirtioError
+from virtio_bdev import saved
+from virtio_bdev.rpc import logs
+from virtio_bdev.rpc.errors import INTERNAL_ERROR, INVALID_PARAMS, METHOD_NOT_FOUND, RpcError
+from virtio_bdev.rpc.system import System
+
+_MAX_WAIT_S = 3600.0
+
+
+class _Nothing(msgspec.Struct, forbid_unknown_fields=True):
+    pass
+
+
+class _Method(NamedTuple):
+    parameters: type[Any]
+    run: Callable[[System, Any], Awaitable[object]]
+
+
+_METHODS: dict[str, _Method] = {}
+P = TypeVar("P", bound=msgspec.Struct)
+_Handler = Callable[[System, P], Awaitable[object]]
+
+
+def _method(parameters: type[P]) -> Callable[[_Handler[P]], _Handler[P]]:
+    """A handler of that name, which gets decoded parameters."""
+
+    def register(run: _Handler[P]) -> _Handler[P]:
+        _METHODS[run.__name__] = _Method(parameters, run)
+        return run
+
+    return register
+
+
+class Methods:
+    """What an `RpcServer` calls."""
+
+    def __init__(self, system: System) -> None:
+        self._system = system
+
+    async def __call__(self, name: str, params: object) -> object:
+        """The result of a method; RpcError for anything else."""
+        method = _METHODS.get(name)
+        if method is None:
+            raise RpcError(METHOD_NOT_FOUND, "Method not found")
+        if method.parameters is _Nothing and params is not None:
+            raise RpcError(INVALID_PARAMS, f"{name} requires no parameters")
+        try:
+            decoded = msgspec.convert({} if params is None else params, method.parameters)
+        except msgspec.ValidationError as error:
+            raise RpcError(INTERNAL_ERROR, f"spdk_json_decode_object failed: {error}") from error
+        return await method.run(self._system, decoded)
+
+
+# Controllers and their disks.
+
+
+@_method(saved.Attach)
+async def bdev_virtio_attach_controller(system: System, params: saved.Attach) -> object:
+    if params.name in system.held:
+        raise RpcError(INVALID_PARAMS, f"Invalid argument: there is a controller {params.name!r} already")
+    try:
+        return await system.attach(params.spec())
+    except (VirtioError, MemoryError) as error:
+        raise _invalid(error) from error
+
+
+def _invalid(error: Exception) -> RpcError:
+    return RpcError(INVALID_PARAMS, f"Invalid argument: {getattr(error, 'strerror', None) or error}")
+
+
+class _Name(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+
+
+@_method(_Name)
+async def bdev_virtio_detach_controller(system: System, params: _Name) -> object:
+    await system.detach(params.name)
+    return True
+
+
+@_method(_Nothing)
+async def bdev_virtio_scsi_get_devices(system: System, params: _Nothing) -> object:
+    found = []
+    for name, held in system.controllers():
+        device = held.controller.blocking.device
+        if isinstance(device, ScsiDevice):
+            found.append({"name": name, "virtio": held.controller.blocking.describe()})
+    return found
+
+
+class _GetBdevs(msgspec.Struct, forbid_unknown_fields=True):
+    name: str | None = None
+    timeout: int = 0  # milliseconds
+
+
+@_method(_GetBdevs)
+async def bdev_get_bdevs(system: System, params: _GetBdevs) -> object:
+    if params.name is None:
+        return [bdev.describe() for bdev in system.bdevs()]
+    if params.timeout > 0:
+        return [(await system.wait_for(params.name, min(params.timeout / 1e3, _MAX_WAIT_S))).describe()]
+    return [system.bdev(params.name).describe()]
+
+
+@_method(_Nothing)
+async def bdev_wait_for_examine(system: System, params: _Nothing) -> object:
+    return True  # nothing claims disks here
+
+
+# What has happened.
+
+
+@_method(_Nothing)
+async def notify_get_types(system: System, params: _Nothing) -> object:
+    return ["bdev_register", "bdev_unregister", "bdev_resize"]
+
+
+class _GetNotifications(msgspec.Struct, forbid_unknown_fields=True):
+    id: int = 0
+    max: int | None = None
+
+
+@_method(_GetNotifications)
+async def notify_get_notifications(system: System, params: _GetNotifications) -> object:
+    later = [each._asdict() for each in system.notifications if each.id >= params.id]
+    return later if params.max is None else later[: max(0, params.max)]
+
+
+# The configuration.
+
+
+@_method(_Nothing)
+async def framework_wait_init(system: System, params: _Nothing) -> object:
+    return True
+
+
+@_method(_Nothing)
+async def framework_get_subsystems(system: System, params: _Nothing) -> object:
+    return [{"subsystem": "bdev", "depends_on": []}]
+
+
+class _GetConfig(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    with_batches: bool = False
+
+
+@_method(_GetConfig)
+async def framework_get_config(system: System, params: _GetConfig) -> object:
+    if params.name != "bdev":
+        raise RpcError(INVALID_PARAMS, f"Subsystem '{params.name}' not found")
+    return saved.calls(system.specs())
+
+
+@_method(_Nothing)
+async def save_config(system: System, params: _Nothing) -> object:
+    return {"subsystems": [{"subsystem": "bdev", "config": saved.calls(system.specs())}]}
+
+
+@_method(_Name)
+async def save_subsystem_config(system: System, params: _Name) -> object:
+    config = await framework_get_config(system, _GetConfig(params.name))
+    return {"subsystem": params.name, "config": config}
+
+
+class _LoadConfig(msgspec.Struct, forbid_unknown_fields=True):
+    subsystems: list[dict[str, Any]]
+
+
+@_method(_LoadConfig)
+async def load_config(system: System, params: _LoadConfig) -> object:
+    """All of it or nothing; what is not ours is named."""
+    attached: list[str] = []
+    names: list[str] = []
+    try:
+        config = saved.parse({"subsystems": params.subsystems})
+        for line in config.lines:
+            assert line.spec.name is not None
+            names += await system.attach(line.spec)
+            attached.append(line.spec.name)
+    except (VirtioError, MemoryError) as error:
+        for name in attached:
+            await system.detach(name)
+        raise _invalid(error) from error
+    return {"bdevs": names, "skipped": config.ignored}
+
+
+# The daemon itself.
+
+
+class _GetMethods(msgspec.Struct, forbid_unknown_fields=True):
+    current: bool = False
+    include_aliases: bool = False
+
+
+@_method(_GetMethods)
+async def rpc_get_methods(system: System, params: _GetMethods) -> object:
+    return sorted(_METHODS)
+
+
+@_method(_Nothing)
+async def spdk_get_version(system: System, params: _Nothing) -> object:
+    version = importlib.metadata.version("virtio-bdev")
+    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?(.*)", version)
+    assert match is not None
+    major, minor, patch = (int(part or 0) for part in match.group(1, 2, 3))
+    fields = {"major": major, "minor": minor, "patch": patch, "suffix": match[4]}
+    return {"version": f"virtio-bdev v{version}", "fields": fields}
+
+
+class _Level(msgspec.Struct, forbid_unknown_fields=True):
+    level: str
+
+
+class _Flag(msgspec.Struct, forbid_unknown_fields=True):
+    flag: str
+
+
+@_method(_Nothing)
+async def log_get_level(system: System, params: _Nothing) -> object:
+    return logs.level()
+
+
+@_method(_Level)
+async def log_set_level(system: System, params: _Level) -> object:
+    logs.set_level(params.level)
+    return True
+
+
+@_method(_Nothing)
+async def log_get_flags(system: System, params: _Nothing) -> object:
+    return logs.flags()
+
+
+@_method(_Flag)
+async def log_set_flag(system: System, params: _Flag) -> object:
+    logs.set_flag(params.flag, True)
+    return True
+
+
+@_method(_Flag)
+async def log_clear_flag(system: System, params: _Flag) -> object:
+    logs.set_flag(params.flag, False)
+    return True
