@@ -74,7 +74,7 @@ Dev User relative"-"path
         BdevSpec(address="user:relative-path"),
     ]
     assert [line.where.rpartition(":")[2] for line in config.lines] == ["6", "7", "8", "12"]
-    assert config.ignored == ["Global", "Nvme"]
+    assert config.ignored == ["[Global]", "[Nvme]"]
 
 
 @pytest.mark.parametrize(

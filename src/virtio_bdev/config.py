@@ -20,7 +20,7 @@ DEV_TYPES: tuple[str, ...] = get_args(DevType)
 _MAX_FILE = 1 << 20  # bytes: ten thousand devices and their comments
 _MAX_LINE = 4096
 _WORD = re.compile(r'(?:[^\s"]|"[^"]*")+|"')
-_PCI_ADDRESS = re.compile(r"(?:[0-9a-f]{4}:)?[0-9a-f]{2}:[01][0-9a-f]\.[0-7]", re.IGNORECASE)
+PCI_ADDRESS = re.compile(r"(?:[0-9a-f]{4}:)?[0-9a-f]{2}:[01][0-9a-f]\.[0-7]", re.IGNORECASE)
 
 
 class ConfigError(RequestError):
@@ -250,7 +250,7 @@ class _Parser:
 
     def _pci(self, words: list[str]) -> NoReturn:
         if words and "=" not in words[0] and words[0] not in DEV_TYPES:
-            if not _PCI_ADDRESS.fullmatch(words[0]):
+            if not PCI_ADDRESS.fullmatch(words[0]):
                 self._fail(words[0], "a PCI address such as 0000:00:04.0")
             words = words[1:]
         self._options(words)

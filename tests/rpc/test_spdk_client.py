@@ -132,7 +132,7 @@ def recorded_requests():
         yield path.name, request["method"], request.get("params"), answer["error"]["code"]
     for path in sorted(RECORDED.glob("*.json")):
         parts = re.fullmatch(
-            r"request:\n(\{.*?\n\})\nGot JSON-RPC error response\nresponse:\n(\{.*\})\n",
+            r"(?s)request:\n(\{.*?\n\})\nGot JSON-RPC error response\nresponse:\n(\{.*\})\n",
             path.read_text(),
             re.S,
         )
@@ -143,7 +143,9 @@ def recorded_requests():
             yield path.name, method, params, json.loads(parts[2])["code"]
 
 
-@pytest.mark.parametrize("name, method, params, code", recorded_requests(), ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    "name, method, params, code", list(recorded_requests()), ids=lambda value: str(value)[:40]
+)
 def test_errors_have_the_codes_of_spdk(daemon, blk, name, method, params, code):
     request = {"jsonrpc": "2.0", "id": 7, "method": method}
     if params is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import re
 from collections.abc import Awaitable, Callable
@@ -12,6 +13,7 @@ import msgspec
 from virtio.device.scsi import ScsiDevice
 from virtio.errors import VirtioError
 from virtio_bdev import saved
+from virtio_bdev.config import PCI_ADDRESS
 from virtio_bdev.rpc import logs
 from virtio_bdev.rpc.errors import INTERNAL_ERROR, INVALID_PARAMS, METHOD_NOT_FOUND, RpcError
 from virtio_bdev.rpc.system import System
@@ -70,6 +72,11 @@ class Methods:
 async def bdev_virtio_attach_controller(system: System, params: saved.Attach) -> object:
     if params.name in system.held:
         raise RpcError(INVALID_PARAMS, f"Invalid argument: there is a controller {params.name!r} already")
+    if params.trtype != "user" and (params.vq_count or params.vq_size):
+        words = f"vq_count or vq_size is not allowed for {params.trtype.upper()} transport type."
+        raise RpcError(-errno.EINVAL, words)
+    if params.trtype == "pci" and not PCI_ADDRESS.fullmatch(params.traddr):
+        raise RpcError(-errno.EINVAL, f"Invalid PCI address {params.traddr!r}")
     try:
         return await system.attach(params.spec())
     except (VirtioError, MemoryError) as error:

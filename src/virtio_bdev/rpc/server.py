@@ -44,32 +44,43 @@ class RpcServer:
         self.path = path
         self._call = call
         self._listener = Listener(path, 0o600)
-        self._clients: set[asyncio.Task[None]] = set()
+        self._clients: dict[asyncio.Task[None], _Client] = {}  # who came first comes first
 
     async def start(self) -> None:
         """Serve from now on, until `close`."""
-        self._server = await asyncio.start_unix_server(self._accept, sock=self._listener.sock)
+        sock = self._listener.sock.dup()  # the server closes its own
+        self._server = await asyncio.start_unix_server(self._accept, sock=sock)
 
     async def close(self) -> None:
         """Let the clients go, and take the socket away."""
         self._server.close()
-        for client in list(self._clients):
+        clients = list(self._clients)
+        for client in clients:
             client.cancel()
-        await asyncio.gather(*self._clients, return_exceptions=True)
+        await asyncio.gather(*clients, return_exceptions=True)
         self._listener.close()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        if len(self._clients) < _MAX_CLIENTS:
-            self._clients.add(task)
+        if len(self._clients) < _MAX_CLIENTS or self._drop_one():
+            client = self._clients[task] = _Client(reader, writer, self._call)
             try:
-                await _Client(reader, writer, self._call).serve()
+                await client.serve()
             except (OSError, asyncio.CancelledError):
                 pass  # it has left, or we do
             finally:
-                self._clients.discard(task)
+                self._clients.pop(task, None)
         writer.close()
+
+    def _drop_one(self) -> bool:
+        """Make room for another client: the oldest that has nothing under way has to go, if there is one."""
+        for task, client in self._clients.items():
+            if not client.busy:
+                task.cancel()
+                del self._clients[task]
+                return True
+        return False
 
 
 class _Client:
@@ -77,6 +88,11 @@ class _Client:
         self._reader, self._writer, self._call = reader, writer, call
         self._room = asyncio.Semaphore(_MAX_PENDING)
         self._pending: set[asyncio.Task[None]] = set()
+
+    @property
+    def busy(self) -> bool:
+        """Whether it waits for an answer, or lets us wait to send one."""
+        return bool(self._pending)
 
     async def serve(self) -> None:
         """Until it leaves, or sends what can't be read: as SPDK, that is answered by closing."""
