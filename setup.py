@@ -25,6 +25,7 @@ MODULES = [
     "virtio.ring.load",
     "virtio.ring.requests",
     "virtio.ring.split",
+    "virtio.ring.stats",
     "virtio.ring.submit",
 ]
 

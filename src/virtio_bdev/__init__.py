@@ -25,6 +25,7 @@ from virtio_bdev.bdev import Bdev
 from virtio_bdev.channel import Batch, Channel
 from virtio_bdev.events import Added, Event, Events, Lost, Removed, Resized
 from virtio_bdev.registry import Controller, DevType, attach
+from virtio_bdev.stats import IoCounts, IoStats
 
 __all__ = [
     "Added",
@@ -39,6 +40,8 @@ __all__ = [
     "DeviceError",
     "Event",
     "Events",
+    "IoCounts",
+    "IoStats",
     "Lost",
     "NoQueueError",
     "ProtocolError",

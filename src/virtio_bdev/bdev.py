@@ -5,15 +5,18 @@ from __future__ import annotations
 import errno
 import uuid
 import weakref
+from array import array
 from typing import TYPE_CHECKING, Any
 
 from virtio.errors import ReadOnlyError, RequestError, TransportError
 from virtio.ring.submit import Budget, Geometry
 from virtio_bdev.channel import Channel, Wait
+from virtio_bdev.stats import Account, IoStats
 
 if TYPE_CHECKING:
     from virtio.device.disk import Disk, Limits
     from virtio.ring.lease import Lease
+    from virtio.ring.stats import Stats
     from virtio_bdev.registry import Controller
 
 _UUIDS = uuid.UUID("5b9d0d4e-6d0c-5b0a-9b60-0d6b1a8f2f11")  # of this library, for version 5
@@ -33,6 +36,7 @@ class Bdev:
         self.geometry = Geometry()
         self.disk = disk
         self._budgets: weakref.WeakKeyDictionary[Lease, Budget] = weakref.WeakKeyDictionary()
+        self._account = Account()
         own = disk.identity if disk.unique else f"{controller.address} {disk.place}"
         self.uuid = str(uuid.uuid5(_UUIDS, own))
         self._removed = False
@@ -52,6 +56,36 @@ class Bdev:
     def budget(self, lease: Lease) -> Budget:
         """What its channels on one queue share; for `Channel` to call."""
         return self._budgets.setdefault(lease, Budget(self.limits.depth))
+
+    def counters(self, lease: Lease) -> Stats:
+        """What counts the requests of its channels on one queue; for `Channel` to call."""
+        return self._account.of(lease)
+
+    @property
+    def stats(self) -> IoStats:
+        """What its requests came to, since it was attached or `reset_stats` was called.
+
+        All that went through channels, but for loads of `bench`, which measure for themselves.
+        """
+        return self._account.stats()
+
+    @property
+    def queue_stats(self) -> list[IoStats]:
+        """The same for each queue that had a channel, in the order of their first channels."""
+        return self._account.queues()
+
+    @property
+    def histogram(self) -> array[int] | None:
+        """How many requests took how long, in the buckets of SPDK's histogram of ticks; None unless kept."""
+        return self._account.histogram()
+
+    def keep_stats(self, *, counts: bool = True, histogram: bool = False) -> None:
+        """Whether requests are counted, as they are from the beginning, and a new histogram is kept."""
+        self._account.keep(counts, histogram)
+
+    def reset_stats(self) -> None:
+        """Begin to count anew; requests that end at this moment may count as before or after."""
+        self._account.reset()
 
     @property
     def size(self) -> int:

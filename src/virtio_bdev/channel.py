@@ -107,7 +107,7 @@ class Channel(Submitter):
         self._scratch: Buffer | None = None
         self._scratch_lock = threading.Lock()
         self._lease = lease = self._controller.take_lease()
-        super().__init__(lease.queue, next(_owners), bdev.geometry, bdev.budget(lease))
+        super().__init__(lease.queue, next(_owners), bdev.geometry, bdev.budget(lease), bdev.counters(lease))
         self._pool = self._controller.device.pool
         self.closed = False
 
@@ -480,6 +480,7 @@ class Channel(Submitter):
                 user=view,
                 depth=self._depth,
                 buffers=held,
+                stats=self.stats,
             )
         else:
             total = -(-nbytes // part) * len(offsets)
@@ -496,6 +497,7 @@ class Channel(Submitter):
                     cells=scratch.nbytes // part,
                     depth=self._depth,
                     buffers=[scratch],
+                    stats=self.stats,
                 )
                 return self._run(task, raising=raising)
         return self._run(task, raising=raising)
@@ -543,7 +545,16 @@ class Channel(Submitter):
     def _command(self, template: Template, offset: int, nbytes: int, part: int) -> None:
         """A request without data; nothing at all for a range of 0 bytes."""
         if nbytes:
-            self._run(Task(template, _one(offset), nbytes, min(part, nbytes), depth=self._depth))
+            self._run(
+                Task(
+                    template,
+                    _one(offset),
+                    nbytes,
+                    min(part, nbytes),
+                    depth=self._depth,
+                    stats=self.stats,
+                )
+            )
 
     def _run(self, task: Task, *, raising: bool = True) -> Batch:
         deadline = deadline_in(self.timeout)

@@ -217,6 +217,7 @@ def _on_range(kind: RequestType, flags: int) -> Template:
             Patch(OFFSET, _HEADER, 8, shift=_SHIFT),
             Patch(NBYTES, _HEADER + 8, 4, shift=_SHIFT),
         ],
+        unmap=kind == RequestType.DISCARD,
     )
 
 

@@ -153,6 +153,7 @@ def _unmap(address: bytes, shift: int) -> Template:
             Patch(OFFSET, first, 8, big_endian=True, shift=shift),
             Patch(NBYTES, first + 8, 4, big_endian=True, shift=shift),
         ],
+        unmap=True,
     )
 
 

@@ -18,6 +18,13 @@ cdef extern from * nogil:
         clock_gettime(CLOCK_MONOTONIC, &t);
         return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
     }
+    static inline uint64_t vr_ticks(void) {
+    #if defined(__x86_64__)
+        return __builtin_ia32_rdtsc();
+    #else
+        return vr_now_ns();
+    #endif
+    }
     static inline void vr_relax(void) {
     #if defined(__x86_64__)
         __builtin_ia32_pause();
@@ -48,6 +55,7 @@ cdef extern from * nogil:
     }
     """
     uint64_t now_ns "vr_now_ns"() noexcept
+    uint64_t ticks "vr_ticks"() noexcept
     void relax "vr_relax"() noexcept
     int signal_eventfd "vr_signal_eventfd"(int fd) noexcept
     int replace_mapping "vr_replace_mapping"(Mem at, int fd, Mem fresh, int fresh_fd) noexcept

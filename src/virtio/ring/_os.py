@@ -19,6 +19,11 @@ def now_ns() -> int:
     return time.monotonic_ns()
 
 
+def ticks() -> int:
+    """Time in ticks of the processor, where there are any that all cores share; here in nanoseconds."""
+    return time.monotonic_ns()
+
+
 def relax() -> None:
     """Tell the processor, here the other threads, that this one spins."""
     time.sleep(0)

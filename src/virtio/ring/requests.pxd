@@ -23,17 +23,19 @@ from virtio.ring._mem cimport (
     store_u64,
     window,
 )
-from virtio.ring._os cimport now_ns, relax
+from virtio.ring._os cimport now_ns, relax, ticks
 from virtio.ring.doorbell cimport Doorbell
 from virtio.ring.load cimport Load
 from virtio.ring.split cimport SplitRing
+from virtio.ring.stats cimport Stats
 
 cdef int _NO_DATA, _TO_DEVICE, _FROM_DEVICE, _OFFSET, _NBYTES, _CONSTANT, _BOUNCED, _LOADED
 cdef int _DONE, _TICK, _IDLE, _FAULT, _BROKEN, _LOST, _UNFIT, _PAUSED
 cdef uint32_t _STOP, _PAUSE
 cdef int _NEXT, _WRITE, _INDIRECT, _NOTHING, _RING_BROKEN, _FULL, _MISFIT
 cdef int32_t _EINPROGRESS
-cdef size_t _RECORD, _STATE, _KEY, _LENGTH, _OFF, _DATA, _TOKEN, _RESULT, _TIME, _OWNER, _CHANGES, _PATCH
+cdef size_t _RECORD, _STATE, _KEY, _LENGTH, _OFF, _DATA, _TOKEN, _RESULT, _TIME, _OWNER, _CHANGES, _KIND
+cdef size_t _PATCH
 cdef uint32_t _FREE, _TASK, _SINGLE, _ENDED, _NOBODY
 cdef uint32_t _CLOCK_EVERY, _ROUNDS
 
@@ -47,7 +49,7 @@ cdef class Template:
     cdef readonly uint32_t key, request_bytes, payload_bytes
     cdef readonly uint64_t data_bytes
     cdef readonly bint transfer, changes
-    cdef readonly int direction
+    cdef readonly int direction, kind
     cdef object _bytes, _patches
     cdef Mem _mem, _patch
     cdef int _patch_count
@@ -57,6 +59,8 @@ cdef class Template:
 cdef class Task:
     cdef readonly Template template
     cdef readonly Load load
+    cdef readonly Stats stats
+    cdef readonly bint counted
     cdef readonly object buffers, status
     cdef readonly object data_end
     cdef readonly uint64_t item_bytes, part_bytes, parts, total, started, finished, active
@@ -88,7 +92,7 @@ cdef class RequestQueue:
     cdef Task _nothing
     cdef Mem _region, _iovas, _records, _free, _faults, _ended, _early, _stop
     cdef int _shift
-    cdef uint64_t _page_mask, _sequence
+    cdef uint64_t _page_mask, _sequence, _now
     cdef size_t _slots_at, _stride, _response_at, _table_at, _result_at, _response_bytes
     cdef bint _result_wide, _response_first
     cdef uint64_t _result_mask
@@ -115,7 +119,7 @@ cdef class RequestQueue:
                    filled=int, got=int)
     cdef int _run(self, Task task, uint64_t slice_ns, uint64_t spin_ns) noexcept nogil
     @cython.locals(count=int, part=uint64_t, item=uint64_t, within=uint64_t, nbytes=uint64_t,
-                   place=uint64_t, data=uint64_t, offset=uint64_t)
+                   place=uint64_t, data=uint64_t, offset=uint64_t, slot=int, now=uint64_t)
     cdef int _fill(self, Task task) noexcept nogil
     @cython.locals(room=uint64_t, part=uint64_t, data=uint64_t, slot=int)
     cdef int _fill_load(self, Task task) noexcept nogil
@@ -144,7 +148,8 @@ cdef class RequestQueue:
     cdef int _collect(self, Task task) noexcept nogil
     @cython.locals(place=size_t, result=uint64_t)
     cdef uint64_t _result(self, uint32_t slot) noexcept nogil
-    @cython.locals(part=uint64_t, data=uint64_t, item=uint64_t, place=uint64_t, nbytes=uint64_t)
+    @cython.locals(part=uint64_t, data=uint64_t, item=uint64_t, place=uint64_t, nbytes=uint64_t,
+                   began=uint64_t)
     cdef void _complete(self, Task task, size_t record) noexcept nogil
     cdef void _give_cell(self, Task task, uint64_t data) noexcept nogil
     cdef void _release(self, uint32_t slot) noexcept nogil

@@ -25,6 +25,7 @@ import cython
 
 from virtio.errors import RequestError
 from virtio.ring import split as _split
+from virtio.ring.stats import OTHER, READ, UNMAP, WRITE
 
 if not cython.compiled:
     from virtio.ring._mem import (
@@ -47,7 +48,7 @@ if not cython.compiled:
         store_u64,
         window,
     )
-    from virtio.ring._os import now_ns, relax
+    from virtio.ring._os import now_ns, relax, ticks
     from virtio.ring.doorbell import Doorbell
     from virtio.ring.split import SplitRing
 
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from virtio.ring.buffer import Buffer
     from virtio.ring.load import Load
     from virtio.ring.region import Mapping
+    from virtio.ring.stats import Stats
 
 # Where a request's data is.
 NO_DATA, TO_DEVICE, FROM_DEVICE = 0, 1, 2
@@ -81,7 +83,7 @@ _EINPROGRESS = errno.EINPROGRESS
 # A slot's private record, and the states it goes through.
 _RECORD = 64
 _STATE, _KEY, _LENGTH, _OFF, _DATA, _TOKEN, _RESULT, _TIME = 0, 4, 8, 16, 24, 32, 40, 48
-_OWNER, _CHANGES = 56, 60  # whose single request it is; whether it changes the disk
+_OWNER, _CHANGES, _KIND = 56, 60, 62  # whose single request it is; whether it changes the disk; for Stats
 _FREE, _TASK, _SINGLE, _ENDED = 0, 1, 2, 3
 _NOBODY = 0xFFFFFFFF  # the owner of an orphan
 
@@ -145,7 +147,8 @@ class Kept:
 class Template:
     """One operation: header bytes, an inline payload that follows them, patches, direction.
 
-    The data is as long as the range it is for, unless `data_bytes` says how long it always is.
+    The data is as long as the range it is for, unless `data_bytes` says how long it always is. `unmap`
+    says that it is counted as one.
     """
 
     def __init__(
@@ -156,6 +159,7 @@ class Template:
         direction: int = NO_DATA,
         data_bytes: int = 0,
         patches: Sequence[Patch] = (),
+        unmap: bool = False,
     ) -> None:
         if payload and direction != NO_DATA:
             raise ValueError("a template has an inline payload or outside data, not both")
@@ -170,6 +174,11 @@ class Template:
         self._bytes = bytes(request + payload)
         self._mem = window(self._bytes)
         self.transfer = direction != NO_DATA and not data_bytes  # its data is that of the range
+        self.kind = OTHER
+        if unmap:
+            self.kind = UNMAP
+        elif self.transfer:
+            self.kind = READ if direction == FROM_DEVICE else WRITE
         self.changes = bool(payload) or direction == TO_DEVICE  # the disk
         self._patches = array("H", [field for patch in patches for field in patch])
         self._patch = window(self._patches) if patches else null()
@@ -202,6 +211,7 @@ class Task:
         depth: int = 1 << 16,
         buffers: Sequence[Buffer] = (),
         load: Load | None = None,
+        stats: Stats | None = None,
     ) -> None:
         items = len(offsets)
         if mode == BOUNCED and user is None:
@@ -216,6 +226,8 @@ class Task:
             raise RequestError("a load, and the mode LOADED, need each other")
         self.template = template
         self.load: Load = load  # type: ignore[assignment]  # None, but where `mode` is LOADED
+        self.stats: Stats = stats  # type: ignore[assignment]  # None, but where `counted`
+        self.counted = stats is not None and stats.on and load is None
         self.buffers = tuple(buffers)
         self.item_bytes, self.part_bytes = item_bytes, part_bytes
         self.parts = -(-item_bytes // part_bytes)
@@ -256,6 +268,8 @@ class Task:
             return True
         item = part // self.parts
         first = part < self._failed.get(item, self.total)
+        if self.counted:
+            self.stats.failed += 1
         if first:
             self._failed[item] = part
             self.status[item] = -code
@@ -402,6 +416,7 @@ class RequestQueue:
         self._early_array = array("H", [0]) * slots  # heads that were back when the device was reset
         self._early = window(self._early_array)
         self._early_count = 0
+        self._now = 0  # when the device was last found to have used something, if anybody asked
         self._kept: list[Kept | Buffer | None] = [None] * slots
         self._sequence = number << 48
         self._stop_owner = bytearray(4)
@@ -550,7 +565,7 @@ class RequestQueue:
 
     def _lose_orphan(self, slot: int) -> None:
         self.orphans -= 1
-        if load_u32(self._records, _RECORD * slot + _CHANGES):
+        if load_u16(self._records, _RECORD * slot + _CHANGES):
             self.orphan_changes -= 1
         self._release(slot)
         self._let_go(slot)
@@ -652,7 +667,7 @@ class RequestQueue:
         store_u32(self._records, record + _STATE, _SINGLE)
         store_u32(self._records, record + _OWNER, _NOBODY)
         self.orphans += 1
-        if load_u32(self._records, record + _CHANGES):
+        if load_u16(self._records, record + _CHANGES):
             self.orphan_changes += 1
 
     def overlaps_orphan(self, offset: int, nbytes: int) -> bool:
@@ -663,7 +678,7 @@ class RequestQueue:
             if (
                 load_u32(self._records, record + _OWNER) == _NOBODY
                 and load_u32(self._records, record + _STATE) == _SINGLE
-                and load_u32(self._records, record + _CHANGES)
+                and load_u16(self._records, record + _CHANGES)
                 and begin < offset + nbytes
                 and offset < begin + load_u64(self._records, record + _LENGTH)
             ):
@@ -751,6 +766,7 @@ class RequestQueue:
         if task._mode == _LOADED:
             return self._fill_load(task)
         count = 0
+        now = 0
         while self._free_count and task.active < task._depth:
             if task._mode == _BOUNCED and task._free_cells == 0:
                 break
@@ -775,8 +791,13 @@ class RequestQueue:
             elif task._mode != _CONSTANT:
                 data += place
             offset = load_u64(task._offsets, 8 * item) + within
-            if self._start(task.template, offset, nbytes, data, part, _TASK) < 0:
+            slot = self._start(task.template, offset, nbytes, data, part, _TASK)
+            if slot < 0:
                 return _MISFIT
+            if task.counted:
+                if now == 0:
+                    now = ticks()
+                store_u64(self._records, _RECORD * slot + _TIME, now)
             if task._again_count:
                 task._again_count -= 1
             else:
@@ -853,7 +874,8 @@ class RequestQueue:
         self._poison(base)
         store_u32(self._records, record + _STATE, state)
         store_u32(self._records, record + _OWNER, 0)
-        store_u32(self._records, record + _CHANGES, template.changes)
+        store_u16(self._records, record + _CHANGES, template.changes)
+        store_u16(self._records, record + _KIND, template.kind)
         store_u32(self._records, record + _KEY, key)
         store_u64(self._records, record + _LENGTH, nbytes)
         store_u64(self._records, record + _OFF, offset)
@@ -955,6 +977,7 @@ class RequestQueue:
     def _collect(self, task: Task) -> int:
         """Take what the device has used; how many, or -1 if it broke the ring."""
         count = 0
+        self._now = 0
         while count < self.slots:
             if self._early_count:
                 self._early_count -= 1
@@ -997,6 +1020,11 @@ class RequestQueue:
             self._give_cell(task, data)
             task._count()
             return
+        if task.counted:
+            if self._now == 0:
+                self._now = ticks()
+            began = load_u64(self._records, record + _TIME)
+            task.stats.count(task.template.kind, load_u64(self._records, record + _LENGTH), began, self._now)
         if task._mode == _BOUNCED:
             if task.template.direction == _FROM_DEVICE:
                 item = part // task.parts

@@ -3,11 +3,13 @@
 cimport cython
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from virtio.ring._mem cimport load_acquire_u32, load_u32, load_u64
+from virtio.ring._mem cimport load_acquire_u32, load_u16, load_u32, load_u64, store_u64
+from virtio.ring._os cimport ticks
 from virtio.ring.buffer cimport Buffer
 from virtio.ring.requests cimport RequestQueue, Template
+from virtio.ring.stats cimport Stats
 
-cdef size_t _RECORD, _TOKEN, _RESULT, _OWNER
+cdef size_t _RECORD, _LENGTH, _TOKEN, _RESULT, _TIME, _OWNER, _KIND
 cdef uint32_t _NOBODY
 
 
@@ -28,6 +30,7 @@ cdef class Submitter:
     cdef readonly uint32_t owner
     cdef readonly Geometry geometry
     cdef readonly Budget budget
+    cdef readonly Stats stats
     cdef public object _pool, _done, _later, _error
     cdef public dict _tries
 
@@ -36,7 +39,7 @@ cdef class Submitter:
     @cython.locals(geometry=Geometry, room=int64_t)
     cpdef bint submit(self, Template template, int64_t offset, Buffer buffer, int64_t at, int64_t nbytes,
                       uint64_t token) except -1
-    @cython.locals(sent=bint)
+    @cython.locals(sent=bint, slot=size_t, began=uint64_t)
     cdef bint _send(self, Template template, int64_t offset, int64_t nbytes, int64_t data, uint64_t token,
                     Buffer buffer) except -1
     cpdef bint submit_plain(self, Template template, int64_t offset, int64_t nbytes, int64_t most,
@@ -44,7 +47,8 @@ cdef class Submitter:
     @cython.locals(found=bint)
     cpdef bint cancel(self, uint64_t token) except -1
     cpdef list poll(self, int64_t limit=*)
-    @cython.locals(queue=RequestQueue, completions=list, slot=uint32_t, whose=uint32_t, token=uint64_t)
+    @cython.locals(queue=RequestQueue, completions=list, slot=uint32_t, whose=uint32_t, token=uint64_t,
+                   now=uint64_t)
     cdef list _poll(self, int64_t limit)
     @cython.locals(queue=RequestQueue)
     cpdef bint arm(self) except -1

@@ -10,9 +10,11 @@ import cython
 from virtio.errors import RequestError
 
 if not cython.compiled:
-    from virtio.ring._mem import load_acquire_u32, load_u32, load_u64
+    from virtio.ring._mem import load_acquire_u32, load_u16, load_u32, load_u64, store_u64
+    from virtio.ring._os import ticks
     from virtio.ring.buffer import Buffer
     from virtio.ring.requests import RequestQueue, Template
+    from virtio.ring.stats import Stats
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     Completion: TypeAlias = tuple[int, DeviceError | None]
 
 _RECORD = 64  # a slot's private record, as in `requests`
-_TOKEN, _RESULT, _OWNER = 32, 40, 56
+_LENGTH, _TOKEN, _RESULT, _TIME, _OWNER, _KIND = 8, 32, 40, 48, 56, 62
 _NOBODY = 0xFFFFFFFF
 
 
@@ -54,11 +56,14 @@ class Submitter:
     raises what is wrong with a request or says whether it has to wait, `_judge` explains a bad result.
     """
 
-    def __init__(self, queue: RequestQueue, owner: int, geometry: Geometry, budget: Budget) -> None:
+    def __init__(
+        self, queue: RequestQueue, owner: int, geometry: Geometry, budget: Budget, stats: Stats
+    ) -> None:
         self.queue = queue
         self.owner = owner
         self.geometry = geometry
         self.budget = budget
+        self.stats = stats
         self._pool: object = None  # whose buffers these requests use; None: closed
         self._done: deque[Completion] = deque()  # without having been with the device
         self._later: list[tuple[float, int]] = []  # requests to send again: when, and which slots
@@ -157,6 +162,9 @@ class Submitter:
             raise
         if sent:
             self.budget.in_flight += 1
+            slot = load_u16(self.queue._free, 2 * self.queue._free_count)  # the one just taken
+            began = ticks() if self.stats.on else 0
+            store_u64(self.queue._records, _RECORD * slot + _TIME, began)
         elif buffer is not None:
             buffer.busy -= 1
         return sent
@@ -203,6 +211,7 @@ class Submitter:
             self._alive()
         if self._later:
             self._send_again()
+        now = 0
         completions: list[Completion] = []
         while self._done and len(completions) < limit:
             completions.append(self._done.popleft())
@@ -214,6 +223,15 @@ class Submitter:
             if whose == self.owner:
                 token = load_u64(queue._records, _RECORD * slot + _TOKEN)
                 if load_u64(queue._records, _RECORD * slot + _RESULT) == 0:
+                    if self.stats.on:
+                        if now == 0:
+                            now = ticks()
+                        self.stats.count(
+                            load_u16(queue._records, _RECORD * slot + _KIND),
+                            load_u64(queue._records, _RECORD * slot + _LENGTH),
+                            load_u64(queue._records, _RECORD * slot + _TIME),
+                            now,
+                        )
                     queue._release(slot)
                     queue._let_go(slot)
                     self.budget.in_flight -= 1
@@ -224,6 +242,8 @@ class Submitter:
                     queue._release(slot)
                     queue._let_go(slot)
                     self.budget.in_flight -= 1
+                    if self._error is not None and self.stats.on:
+                        self.stats.failed += 1
                     completions.append((token, self._error))
                     self._error = None
             elif whose == _NOBODY:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import importlib.metadata
 import re
+import time
 from collections.abc import Awaitable, Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 
 from virtio.device.scsi import ScsiDevice
 from virtio.errors import VirtioError
+from virtio.ring.stats import GRANULARITY, RANGES, tick_rate
 from virtio_bdev import saved
 from virtio_bdev.config import PCI_ADDRESS
 from virtio_bdev.rpc import logs
 from virtio_bdev.rpc.errors import INTERNAL_ERROR, INVALID_PARAMS, METHOD_NOT_FOUND, RpcError
 from virtio_bdev.rpc.system import System
+from virtio_bdev.stats import IoCounts, IoStats
 
 _MAX_WAIT_S = 3600.0
+_TICK_RATE = 1_000_000_000  # of iostat: nanoseconds
 
 
 class _Nothing(msgspec.Struct, forbid_unknown_fields=True):
@@ -124,6 +129,90 @@ async def bdev_get_bdevs(system: System, params: _GetBdevs) -> object:
 @_method(_Nothing)
 async def bdev_wait_for_examine(system: System, params: _Nothing) -> object:
     return True  # nothing claims disks here
+
+
+# What was asked of the disks.
+
+
+class _GetIostat(msgspec.Struct, forbid_unknown_fields=True):
+    names: list[str] | None = None
+    per_channel: bool = False
+    reset_mode: Literal["all", "maxmin", "error", "none"] = "none"
+
+
+@_method(_GetIostat)
+async def bdev_get_iostat(system: System, params: _GetIostat) -> object:
+    if params.reset_mode in ("maxmin", "error"):
+        raise RpcError(
+            INVALID_PARAMS, f"Invalid parameters: reset_mode {params.reset_mode!r}, want all or none"
+        )
+    bdevs = [system.bdev(name) for name in params.names] if params.names else list(system.bdevs())
+    now = {"tick_rate": _TICK_RATE, "ticks": time.monotonic_ns()}
+    if params.per_channel:
+        if len(bdevs) != 1:
+            raise RpcError(INVALID_PARAMS, "Invalid parameters: per_channel wants one name")
+        channels = [
+            {"thread_id": number} | _iostat(stats) for number, stats in enumerate(bdevs[0].queue_stats)
+        ]
+        answer = now | {"name": bdevs[0].name, "channels": channels}
+    else:
+        answer = now | {"bdevs": [{"name": bdev.name} | _iostat(bdev.stats) for bdev in bdevs]}
+    if params.reset_mode == "all":
+        for bdev in bdevs:
+            bdev.reset_stats()
+    return answer
+
+
+def _iostat(stats: IoStats) -> dict[str, object]:
+    answer: dict[str, object] = {}
+    kinds = {"read": stats.read, "write": stats.write, "unmap": stats.unmap, "copy": IoCounts(0, 0, 0, 0, 0)}
+    past = {"read": "read", "write": "written", "unmap": "unmapped", "copy": "copied"}
+    for kind, counts in kinds.items():
+        answer |= {f"bytes_{past[kind]}": counts.nbytes, f"num_{kind}_ops": counts.requests}
+    for kind, counts in kinds.items():
+        answer[f"{kind}_latency_ticks"] = counts.total_ns
+        answer[f"max_{kind}_latency_ticks"] = counts.longest_ns
+        answer[f"min_{kind}_latency_ticks"] = counts.shortest_ns
+    return answer | {"io_error": {"failed": stats.failed} if stats.failed else {}}
+
+
+class _ResetIostat(msgspec.Struct, forbid_unknown_fields=True):
+    name: str | None = None
+    mode: Literal["all"] = "all"
+
+
+@_method(_ResetIostat)
+async def bdev_reset_iostat(system: System, params: _ResetIostat) -> object:
+    for bdev in system.bdevs() if params.name is None else [system.bdev(params.name)]:
+        bdev.reset_stats()
+    return True
+
+
+class _EnableHistogram(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    enable: bool
+
+
+@_method(_EnableHistogram)
+async def bdev_enable_histogram(system: System, params: _EnableHistogram) -> object:
+    system.bdev(params.name).keep_stats(histogram=params.enable)
+    return True
+
+
+@_method(_Name)
+async def bdev_get_histogram(system: System, params: _Name) -> object:
+    buckets = system.bdev(params.name).histogram
+    if buckets is None:
+        raise RpcError(
+            -errno.ENOMEM, "Cannot allocate memory: no histogram is kept, see bdev_enable_histogram"
+        )
+    return {
+        "histogram": base64.b64encode(buckets.tobytes()).decode(),
+        "granularity": GRANULARITY,
+        "min_range": 0,
+        "max_range": RANGES,
+        "tsc_rate": tick_rate(),
+    }
 
 
 # What has happened.

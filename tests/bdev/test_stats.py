@@ -1,0 +1,113 @@
+"""What is counted of each way in, and how."""
+
+import threading
+import time
+from array import array
+
+import pytest
+
+from tests.cli.program import eventually
+from virtio.ring.stats import BUCKETS, READ, Stats, clock, tick_rate
+from virtio.target import serve
+from virtio_bdev import DeviceError, attach
+
+
+def test_calls_batches_and_single_requests_are_counted(controller, bdev, channel):
+    channel.write(0, bytes(8192))
+    channel.read(0, 4096)
+    channel.read_batch(array("Q", range(0, 100 * 4096, 4096)), 4096, bytearray(100 * 4096))
+    channel.unmap(0, 1 << 20)
+    channel.flush()
+    with controller.buffer(4096) as buffer:
+        for token in range(3):
+            channel.submit_read(token * 4096, buffer, token)
+        done = []
+        assert eventually(lambda: done.extend(channel.poll()) or len(done) == 3)
+    stats = bdev.stats
+    assert (stats.read.requests, stats.read.nbytes) == (104, 104 * 4096)
+    assert (stats.write.requests, stats.write.nbytes) == (1, 8192)
+    assert (stats.unmap.requests, stats.unmap.nbytes) == (1, 1 << 20)
+    assert stats.failed == 0
+    for counts in stats[:3]:
+        assert 0 < counts.shortest_ns <= counts.longest_ns <= counts.total_ns < 60e9
+    assert bdev.queue_stats == [stats]
+    bdev.reset_stats()
+    assert bdev.stats.read.requests == 0 == bdev.stats.read.longest_ns
+
+
+def test_a_slow_disk_is_seen_to_be_slow():
+    with serve("blk", ram="1M", control=True) as target, attach(target.address, dev_type="blk") as controller:
+        bdev = controller["VirtioBlk0"]
+        with bdev.open() as channel:
+            target.control("set_fault", delay=0.05)
+            begun = time.monotonic_ns()
+            channel.read(0, 512)
+            took = time.monotonic_ns() - begun
+            assert 50e6 * 0.95 <= bdev.stats.read.longest_ns <= took * 1.05
+
+
+def test_what_failed_is_counted_as_that():
+    with serve("blk", ram="1M", control=True) as target, attach(target.address, dev_type="blk") as controller:
+        bdev = controller["VirtioBlk0"]
+        with bdev.open() as channel, controller.buffer(512) as buffer:
+            target.control("set_fault", every=1)
+            with pytest.raises(DeviceError):
+                channel.read(0, 512)
+            channel.submit_read(0, buffer, 1)
+            done = []
+            assert eventually(lambda: done.extend(channel.poll()) or done)
+        assert (bdev.stats.failed, bdev.stats.read.requests) == (2, 0)
+
+
+def test_each_queue_has_counters_of_its_own(bdev):
+    def read():
+        with bdev.open() as channel:
+            for _ in range(50):
+                channel.read(0, 512)
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    assert sum(stats.read.requests for stats in bdev.queue_stats) == bdev.stats.read.requests == 150
+
+
+def test_counting_can_be_left_out(bdev, channel):
+    channel.read(0, 512)
+    bdev.keep_stats(counts=False)
+    channel.read(0, 512)
+    assert bdev.stats.read.requests == 1
+    bdev.keep_stats()
+    channel.read(0, 512)
+    assert bdev.stats.read.requests == 2
+
+
+def test_a_histogram_is_kept_on_demand(bdev, channel):
+    assert bdev.histogram is None
+    bdev.keep_stats(histogram=True)
+    assert len(bdev.histogram) == BUCKETS and not any(bdev.histogram)
+    channel.read_batch(array("Q", [0] * 100), 512, bytearray(51200))
+    assert sum(bdev.histogram) == 100
+    bdev.keep_stats(histogram=False)
+    assert bdev.histogram is None
+
+
+@pytest.mark.parametrize(
+    "ticks, bucket",
+    [(0, 0), (127, 127), (128, 128), (255, 255), (256, 256), (257, 256), (511, 383), (512, 384)]
+    + [((1 << 64) - 2, BUCKETS - 1)],
+)
+def test_buckets_are_spdks(ticks, bucket):
+    """128 of them a range; the first two ranges have one tick each, the next ones twice as many."""
+    stats = Stats()
+    stats.enable_histogram(True)
+    stats.count(READ, 0, 1, 1 + ticks)
+    assert [number for number, count in enumerate(stats.histogram) if count] == [bucket]
+
+
+def test_ticks_are_those_of_a_clock():
+    first = clock()
+    time.sleep(0.02)
+    second = clock()
+    rate = (second[0] - first[0]) / (second[1] - first[1]) * 1e9
+    assert rate == pytest.approx(tick_rate(), rel=0.02)
