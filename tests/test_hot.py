@@ -30,6 +30,7 @@ HOT = {
         "_count",
     ],
     "device": ["pop", "push"],
+    "stats": ["count", "_bucket"],
     "load": ["offset", "begin", "complete", "enter", "record"],
 }
 

@@ -24,6 +24,7 @@ from virtio.ring.buffer import Buffer
 from virtio_bdev.bdev import Bdev
 from virtio_bdev.channel import Batch, Channel
 from virtio_bdev.events import Added, Event, Events, Lost, Removed, Resized
+from virtio_bdev.qos import RateLimits
 from virtio_bdev.registry import Controller, DevType, attach
 from virtio_bdev.stats import IoCounts, IoStats
 
@@ -46,6 +47,7 @@ __all__ = [
     "NoQueueError",
     "ProtocolError",
     "QueueFullError",
+    "RateLimits",
     "ReadOnlyError",
     "Removed",
     "RequestError",

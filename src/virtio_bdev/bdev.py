@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from virtio.errors import ReadOnlyError, RequestError, TransportError
 from virtio.ring.submit import Budget, Geometry
 from virtio_bdev.channel import Channel, Wait
+from virtio_bdev.qos import RateLimits, Throttle
 from virtio_bdev.stats import Account, IoStats
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class Bdev:
         self.disk = disk
         self._budgets: weakref.WeakKeyDictionary[Lease, Budget] = weakref.WeakKeyDictionary()
         self._account = Account()
+        self.throttle: Throttle | None = None
+        self._limits = RateLimits()
         own = disk.identity if disk.unique else f"{controller.address} {disk.place}"
         self.uuid = str(uuid.uuid5(_UUIDS, own))
         self._removed = False
@@ -82,6 +85,23 @@ class Bdev:
     def keep_stats(self, *, counts: bool = True, histogram: bool = False) -> None:
         """Whether requests are counted, as they are from the beginning, and a new histogram is kept."""
         self._account.keep(counts, histogram)
+
+    @property
+    def rate_limits(self) -> RateLimits:
+        """What it may do a second, as `set_rate_limits` has said."""
+        return self._limits
+
+    def set_rate_limits(self, limits: RateLimits) -> None:
+        """Limit the rate of its reads and writes, of all channels together, from the next call on.
+
+        Blocking calls and batches wait; `submit_*` returns False as it does where there is no room, and
+        the completion descriptor tells when to try again. Other requests are not limited. RequestError
+        for a negative limit.
+        """
+        limits.check()
+        self._limits = limits
+        self.throttle = Throttle(limits) if any(limits) else None
+        self.geometry.limited = self.throttle is not None
 
     def reset_stats(self) -> None:
         """Begin to count anew; requests that end at this moment may count as before or after."""
@@ -184,7 +204,7 @@ class Bdev:
             "preferred_unmap_alignment": disk.limits.unmap_alignment // disk.block_size,
             "preferred_unmap_granularity": 0,
             "uuid": self.uuid,
-            "assigned_rate_limits": dict.fromkeys(_RATE_LIMITS, 0),
+            "assigned_rate_limits": self._limits._asdict(),
             "claimed": False,
             "zoned": False,
             "supported_io_types": {io_type: able.get(io_type, False) for io_type in _IO_TYPES},
@@ -199,7 +219,6 @@ class Bdev:
         )
 
 
-_RATE_LIMITS = ("rw_ios_per_sec", "rw_mbytes_per_sec", "r_mbytes_per_sec", "w_mbytes_per_sec")
 _IO_TYPES = (
     "read",
     "write",

@@ -12,6 +12,8 @@ import warnings
 from array import array
 from typing import TYPE_CHECKING, Literal
 
+from virtio import control
+from virtio.device.base import weakly
 from virtio.device.dialogue import execute
 from virtio.device.scsi_errors import error_of
 from virtio.errors import (
@@ -34,6 +36,7 @@ from virtio.ring.requests import (
     Template,
     first_bad_offset,
 )
+from virtio.ring.stats import OTHER, READ, WRITE
 from virtio.ring.submit import Submitter
 from virtio.wire.scsi import compare_and_write
 
@@ -109,6 +112,7 @@ class Channel(Submitter):
         self._lease = lease = self._controller.take_lease()
         super().__init__(lease.queue, next(_owners), bdev.geometry, bdev.budget(lease), bdev.counters(lease))
         self._pool = self._controller.device.pool
+        self._alarm: control.Timer | None = None  # for who was refused by a limit
         self.closed = False
 
     # Calls.
@@ -344,6 +348,27 @@ class Channel(Submitter):
         self._error = error
         return True
 
+    def _admit(self, kind: int, nbytes: int) -> bool:
+        throttle = self.bdev.throttle
+        if throttle is None or kind == OTHER:
+            return True
+        granted, wait = throttle.take(kind, 1, nbytes)
+        if not granted and self._alarm is None:
+            self._alarm = control.Timer(wait, weakly(self._ring))
+        return bool(granted)
+
+    def _ring(self) -> None:
+        """There may be room by now, for who sleeps on the completion descriptor; in the control thread."""
+        self._silence()
+        if not self.closed:
+            self.queue.woken = True
+            eventfd.signal(self._lease.completion_fd)
+
+    def _silence(self) -> None:
+        alarm, self._alarm = self._alarm, None
+        if alarm is not None:
+            alarm.cancel()
+
     def _send_again(self) -> None:
         now = time.monotonic()
         for later in [later for later in self._later if later[0] <= now]:
@@ -396,6 +421,7 @@ class Channel(Submitter):
                     seen, deadline = task.finished, deadline_in(self.timeout)
                 return deadline
 
+            self._limit(task)
             with self._lease as lease:
                 spin = _SPIN_NS[self.wait]
                 error = lease.execute(task, deadline, spin, self._disk.explain, watch)
@@ -406,6 +432,7 @@ class Channel(Submitter):
         """Give the queue back if this was the thread's last channel; idempotent."""
         if not self.closed:
             self.closed, self._pool = True, None
+            self._silence()
             if self._scratch is not None:
                 self._scratch.close()
                 self._scratch = None
@@ -561,6 +588,7 @@ class Channel(Submitter):
         try:
             if self.queue.taken:
                 self._lease.wait_turn(deadline)
+            self._limit(task)
             with self._lease as lease:
                 error = lease.execute(task, deadline, _SPIN_NS[self.wait], self._disk.explain)
         except VirtioError as broken:
@@ -573,6 +601,10 @@ class Channel(Submitter):
                 del error  # or its traceback and this frame hold on to each other
         first = next((i for i, code in enumerate(task.status) if code), 0) if error else 0
         return Batch(task.status, error, first)
+
+    def _limit(self, task: Task) -> None:
+        if self.bdev.throttle is not None and task.template.kind in (READ, WRITE):
+            task.throttle, task.allowed = self.bdev.throttle, 0
 
     def _check_open(self) -> None:
         if self.closed:

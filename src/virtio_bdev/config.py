@@ -8,11 +8,12 @@ A file that begins with `{` is of the other form, see `saved`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, NoReturn, get_args
 
 from virtio.errors import RequestError
+from virtio_bdev.qos import RateLimits
 from virtio_bdev.registry import Controller, DevType, attach
 
 DEV_TYPES: tuple[str, ...] = get_args(DevType)
@@ -163,6 +164,7 @@ class Config(NamedTuple):
     path: str
     lines: list[Line]
     ignored: list[str]
+    limits: Mapping[str, RateLimits] = {}  # by disk
 
 
 def load(path: str) -> Config:

@@ -6,9 +6,13 @@ from typing import Any, Literal
 
 import msgspec
 
+from virtio.errors import RequestError
 from virtio_bdev.config import BdevSpec, Config, ConfigError, Line, registered
+from virtio_bdev.qos import RateLimits
 
 ATTACH = "bdev_virtio_attach_controller"
+LIMIT = "bdev_set_qos_limit"
+_LEAST_IOS = 1000
 # What SPDK writes and what has no meaning here, or is always so.
 _EMPTY = ("bdev_wait_for_examine",)
 
@@ -39,6 +43,26 @@ class Attach(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
             timeout=self.timeout,
             reconnect=self.reconnect,
         )
+
+
+class SetQosLimit(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """The parameters of `bdev_set_qos_limit`: what is left out stays, 0 is no limit."""
+
+    name: str
+    rw_ios_per_sec: int | None = None
+    rw_mbytes_per_sec: int | None = None
+    r_mbytes_per_sec: int | None = None
+    w_mbytes_per_sec: int | None = None
+
+    def limits(self, before: RateLimits) -> RateLimits:
+        """What the limits are then; IOPS are rounded up to thousands, as by SPDK. ValueError without any."""
+        given = {name: getattr(self, name) for name in RateLimits._fields}
+        wanted = {name: value for name, value in given.items() if value is not None}
+        if not wanted:
+            raise ValueError(f"no limit, want at least one of {', '.join(RateLimits._fields)}")
+        if "rw_ios_per_sec" in wanted:
+            wanted["rw_ios_per_sec"] = -(-wanted["rw_ios_per_sec"] // _LEAST_IOS) * _LEAST_IOS
+        return before._replace(**wanted)
 
 
 def attach_of(name: str, spec: BdevSpec) -> Attach:
@@ -82,6 +106,7 @@ def choose(path: str, subsystems: list[_Subsystem]) -> Config:
     """The devices among all calls; the names of the others."""
     lines: list[Line] = []
     ignored: dict[str, None] = {}
+    limits: dict[str, RateLimits] = {}
     for subsystem in subsystems:
         for each in subsystem.config or ():
             for call in each if isinstance(each, list) else [each]:
@@ -94,9 +119,28 @@ def choose(path: str, subsystems: list[_Subsystem]) -> Config:
                     if any(spec.name == line.spec.name for line in lines):
                         raise ConfigError(f"{where}: there is a {spec.name!r} already")
                     lines.append(Line(where, spec))
+                elif call.method == LIMIT:
+                    try:
+                        params = msgspec.convert(call.params, SetQosLimit)
+                        limits[params.name] = params.limits(limits.get(params.name, RateLimits()))
+                        limits[params.name].check()
+                    except (ValueError, RequestError) as error:
+                        raise ConfigError(f"{path}: {LIMIT}: {error}") from error
                 elif call.method not in _EMPTY:
                     ignored[call.method] = None
-    return Config(path, lines, list(ignored))
+    ours = _of_ours(limits, lines, ignored)
+    return Config(path, lines, list(ignored), ours)
+
+
+def _of_ours(
+    limits: dict[str, RateLimits], lines: list[Line], ignored: dict[str, None]
+) -> dict[str, RateLimits]:
+    """The limits of disks that may be ours: those of other modules are skipped like all of them."""
+    names = tuple(line.spec.name or "" for line in lines)
+    ours = {name: wanted for name, wanted in limits.items() if name.startswith(names)}
+    for name in limits.keys() - ours.keys():
+        ignored[f"{LIMIT} of {name}"] = None
+    return ours
 
 
 def parse(params: object) -> Config:
@@ -107,10 +151,17 @@ def parse(params: object) -> Config:
         raise ConfigError(f"the configuration: {error}") from error
 
 
-def calls(controllers: dict[str, BdevSpec]) -> list[dict[str, object]]:
-    """The calls that attach these controllers again, in order."""
+def calls(controllers: dict[str, BdevSpec], limits: dict[str, RateLimits]) -> list[dict[str, object]]:
+    """The calls that attach these controllers again, in order, and limit their disks."""
     attached = [
         {"method": ATTACH, "params": msgspec.to_builtins(attach_of(name, spec))}
         for name, spec in controllers.items()
     ]
-    return [*attached, {"method": "bdev_wait_for_examine"}]
+    limited = [
+        {
+            "method": LIMIT,
+            "params": {"name": name} | {key: value for key, value in wanted._asdict().items() if value},
+        }
+        for name, wanted in limits.items()
+    ]
+    return [*attached, *limited, {"method": "bdev_wait_for_examine"}]

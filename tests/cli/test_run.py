@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import urllib.request
 
 import pytest
 
@@ -134,3 +135,21 @@ def test_a_device_that_is_lost_leaves_a_daemon_with_a_socket_running(tmp_path):
             assert b"is lost" in process.stderr.readline()
             assert output("rpc", "--rpc-socket", tmp_path / "rpc.sock", "bdev_get_bdevs") == b"[]\n"
             assert stop(process) == (0, b"")
+
+
+def test_prometheus_can_ask_for_metrics(tmp_path, blk):
+    path = config(tmp_path, f"[Virtio]\nDev User {blk.path} blk\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with started("run", "--config", path, "--metrics", port) as process:
+        lines_until(process, b"ready")
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
+            lines = answer.read().decode().splitlines()
+        assert 'virtio_bdev_size_bytes{bdev="VirtioBlk0"} 4.194304e+06' in lines
+        assert 'virtio_bdev_requests_total{bdev="VirtioBlk0",operation="read"} 0.0' in lines
+        other = run("run", "--rpc-socket", tmp_path / "rpc.sock", "--metrics", port)
+        assert other.returncode == 1 and b"cannot serve metrics at 127.0.0.1" in other.stderr
+        assert stop(process) == (0, b"")
+    bad = run("run", "--rpc-socket", tmp_path / "rpc.sock", "--metrics", "here")
+    assert bad.returncode == 1 and b"want PORT or HOST:PORT" in bad.stderr

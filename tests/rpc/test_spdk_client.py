@@ -11,6 +11,7 @@ from spdk.rpc import config as spdk_config
 from spdk.rpc.client import JSONRPCException
 
 from tests.rpc.conftest import eventually, exchange
+from virtio_bdev import RateLimits, config
 
 RECORDED = Path(__file__).parents[1] / "data/spdk/rpc"
 
@@ -94,6 +95,26 @@ def test_what_happens_to_disks_is_notified_and_waited_for(client, scsi):
     assert shape(seen()) == shape(recorded)
     types = json.loads((RECORDED / "notify_get_types.json").read_text())
     assert set(client.call("notify_get_types")) <= set(types)
+
+
+def test_rate_limits_are_set_shown_and_saved(client, blk):
+    attach(client, blk, "VirtioBlk1", "blk")
+    limit = {"name": "VirtioBlk1", "rw_ios_per_sec": 19001}
+    assert client.call("bdev_set_qos_limit", limit) is True
+    assert client.call("bdev_set_qos_limit", {"name": "VirtioBlk1", "w_mbytes_per_sec": 5}) is True
+    (bdev,) = client.call("bdev_get_bdevs")
+    recorded = json.loads((RECORDED / "bdev_get_bdevs_qos.json").read_text())[0]
+    assert shape(bdev["assigned_rate_limits"]) == shape(recorded["assigned_rate_limits"])
+    assert bdev["assigned_rate_limits"] == recorded["assigned_rate_limits"] | {"w_mbytes_per_sec": 5}
+    config = client.call("save_config")
+    client.call("bdev_virtio_detach_controller", {"name": "VirtioBlk1"})
+    client.call("load_config", config)
+    assert client.call("bdev_get_bdevs") == [bdev]
+    client.call("bdev_set_qos_limit", {"name": "VirtioBlk1", "rw_ios_per_sec": 0, "w_mbytes_per_sec": 0})
+    assert not any(client.call("bdev_get_bdevs")[0]["assigned_rate_limits"].values())
+    for bad in ({"r_mbytes_per_sec": -1}, {}):
+        with pytest.raises(JSONRPCException, match="-32602"):
+            client.call("bdev_set_qos_limit", {"name": "VirtioBlk1"} | bad)
 
 
 def test_levels_and_flags_of_logs(client):
@@ -180,8 +201,6 @@ def test_what_is_no_json_closes_the_connection_as_spdk_does(daemon):
 
 
 def test_a_file_that_spdk_saved_is_read(tmp_path):
-    from virtio_bdev import config
-
     wanted = config.load(str(RECORDED / "save_config.json"))
     assert [line.spec.name for line in wanted.lines] == ["VirtioScsi0", "VirtioBlk0", "VirtioBlk1"]
     assert [line.spec.dev_type for line in wanted.lines] == ["scsi", "blk", "blk"]
@@ -190,4 +209,5 @@ def test_a_file_that_spdk_saved_is_read(tmp_path):
         (2, 256),
         (1, 512),
     ]
-    assert "bdev_set_qos_limit" in wanted.ignored and "sock_set_default_impl" in wanted.ignored
+    assert wanted.limits == {"VirtioBlk1": RateLimits(rw_ios_per_sec=20000)}
+    assert "bdev_set_options" in wanted.ignored and "sock_set_default_impl" in wanted.ignored

@@ -79,6 +79,14 @@ def deadline_in(seconds: float | None) -> int | None:
     return time.monotonic_ns() + int(seconds * 1e9)
 
 
+def _earlier(deadline: int | None, seconds: float | None) -> int | None:
+    """The deadline, or the moment in so many seconds if that comes first."""
+    if seconds is None:
+        return deadline
+    moment = deadline_in(seconds)
+    return moment if deadline is None or moment is None else min(deadline, moment)
+
+
 def _let_go(buffers: Iterable[Buffer]) -> None:
     for buffer in buffers:
         buffer.let_go()
@@ -356,7 +364,8 @@ class Lease:
         first, error = task.total, None
         tries: dict[int, int] = {}
         while True:
-            reason = self.queue.run(task, _SLICE_NS, spin_ns)
+            pause = None if task.throttle is None else task.throttle.admit(task)
+            reason = self.queue.run(task, _SLICE_NS, spin_ns if pause is None else 0)
             swept = self.queue.orphans > 0 and self.queue.sweep()
             if self._told:
                 self._tell(task, reason)
@@ -389,7 +398,7 @@ class Lease:
                     deadline = watch()
                 self._check_deadline(deadline, self.queue.in_flight)
                 if reason == IDLE and not swept:  # which may have made room
-                    self.sleep(deadline)
+                    self.sleep(_earlier(deadline, pause))
 
     def _tell(self, task: Task, reason: int) -> None:
         """What a run came to, for a trace; a queue is told by its completion descriptor."""

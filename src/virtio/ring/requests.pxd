@@ -61,6 +61,8 @@ cdef class Task:
     cdef readonly Load load
     cdef readonly Stats stats
     cdef readonly bint counted
+    cdef public object throttle
+    cdef public uint64_t allowed
     cdef readonly object buffers, status
     cdef readonly object data_end
     cdef readonly uint64_t item_bytes, part_bytes, parts, total, started, finished, active
@@ -84,7 +86,7 @@ cdef class RequestQueue:
     cdef readonly uint32_t slots, segments, orphans, orphan_changes
     cdef readonly uint64_t segment_bytes
     cdef readonly bint indirect
-    cdef public bint broken, taken, entered, awaited
+    cdef public bint broken, taken, entered, awaited, woken
     cdef list _kept
     cdef object _buffer, _layout, _region_view, _table_array
     cdef object _records_owner, _free_array, _faults_array, _ended_array, _early_array, _stop_owner

@@ -19,7 +19,7 @@ from __future__ import annotations
 import errno
 import itertools
 from array import array
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import cython
 
@@ -185,6 +185,13 @@ class Template:
         self._patch_count = len(patches)
 
 
+class Throttle(Protocol):
+    """What limits the rate of tasks."""
+
+    def admit(self, task: Task) -> float | None:
+        """Raise `task.allowed`; in how many seconds that may be done again, None if all is allowed."""
+
+
 class Task:
     """`len(offsets)` items of `item_bytes` each, cut into parts of at most `part_bytes`.
 
@@ -192,6 +199,8 @@ class Task:
     in the region the data is (IN_PLACE: item `i` at `base + i * item_bytes`; CONSTANT: always
     there) or where `cells` cells of `part_bytes` are (BOUNCED, from and to `user`; LOADED).
     At most `depth` parts are in flight. `buffers` are held as long as the device may touch them.
+
+    Where there is a `throttle`, it decides how many parts are `allowed`, from 0 on.
 
     A LOADED one has the offsets of `load`, none of its own, items of one part, and no status; it
     starts nothing more after the load's end, or the first error.
@@ -228,6 +237,8 @@ class Task:
         self.load: Load = load  # type: ignore[assignment]  # None, but where `mode` is LOADED
         self.stats: Stats = stats  # type: ignore[assignment]  # None, but where `counted`
         self.counted = stats is not None and stats.on and load is None
+        self.throttle: Throttle | None = None
+        self.allowed = 1 << 62  # parts that may be started; a throttle raises it
         self.buffers = tuple(buffers)
         self.item_bytes, self.part_bytes = item_bytes, part_bytes
         self.parts = -(-item_bytes // part_bytes)
@@ -354,8 +365,9 @@ class RequestQueue:
 
     A request whose caller does not wait any more is an *orphan*: `orphans` counts them, and
     `orphan_changes` those that may yet change the disk. `taken` says that somebody has the queue for
-    a call, `entered` that somebody submits or polls, and `awaited` that somebody sleeps on the
-    completion descriptor between calls.
+    a call, `entered` that somebody submits or polls, `awaited` that somebody sleeps on the
+    completion descriptor between calls, and `woken` that he was woken up for something that is not a
+    completion, and is to look at everything once more.
     """
 
     def __init__(
@@ -385,7 +397,7 @@ class RequestQueue:
         self.indirect = indirect
         self.orphans = self.orphan_changes = 0
         self.broken = False
-        self.taken = self.entered = self.awaited = False
+        self.taken = self.entered = self.awaited = self.woken = False
         self._doorbell = Doorbell()
         self._layout = layout
         self._region_view = region
@@ -772,7 +784,7 @@ class RequestQueue:
                 break
             if task._again_count:
                 part = load_u64(task._again, 8 * (task._again_count - 1))
-            elif task.started < task.total:
+            elif task.started < task.total and task.started < task.allowed:
                 part = task.started
             else:
                 break
@@ -811,6 +823,8 @@ class RequestQueue:
         room = task._depth - task.active
         if room > task.total - task.started:
             room = task.total - task.started
+        if room > task.allowed - task.started:
+            room = task.allowed - task.started
         if room > self._free_count:
             room = self._free_count
         if room > task._free_cells:

@@ -16,7 +16,7 @@ cdef uint32_t _NOBODY
 @cython.final
 cdef class Geometry:
     cdef public int64_t size, block_size, max_transfer
-    cdef public bint read_only, online
+    cdef public bint read_only, online, limited
 
 
 @cython.final

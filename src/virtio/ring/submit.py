@@ -39,6 +39,7 @@ class Geometry:
     def __init__(self) -> None:
         self.size = self.block_size = self.max_transfer = 0
         self.read_only = self.online = False
+        self.limited = False  # how many requests there may be a second
 
 
 class Budget:
@@ -84,6 +85,10 @@ class Submitter:
         self, template: Template, offset: int, nbytes: int, most: int, buffer: Buffer | None, at: int
     ) -> bool:
         """Raise what is wrong with a request; else whether it may be sent now."""
+        raise NotImplementedError
+
+    def _admit(self, kind: int, nbytes: int) -> bool:
+        """Whether a request may be sent now by the limits of its disk; else somebody is woken up later."""
         raise NotImplementedError
 
     def _judge(self, slot: int, finished: Finished) -> bool:
@@ -151,6 +156,8 @@ class Submitter:
         self, template: Template, offset: int, nbytes: int, data: int, token: int, buffer: Buffer | None
     ) -> bool:
         if self.budget.in_flight >= self.budget.depth:
+            return False
+        if self.geometry.limited and (self.queue._free_count == 0 or not self._admit(template.kind, nbytes)):
             return False
         if buffer is not None:
             buffer.busy += 1
@@ -262,6 +269,9 @@ class Submitter:
             queue = self.queue
             queue.kick()
             self._drain()
+            if queue.woken:
+                queue.woken = False
+                return False
             if self._done or self._later or queue._ended_count or not queue.arm():
                 return False
             queue.awaited = True

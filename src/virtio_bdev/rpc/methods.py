@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import msgspec
 
 from virtio.device.scsi import ScsiDevice
-from virtio.errors import VirtioError
+from virtio.errors import RequestError, VirtioError
 from virtio.ring.stats import GRANULARITY, RANGES, tick_rate
 from virtio_bdev import saved
 from virtio_bdev.config import PCI_ADDRESS
@@ -215,6 +215,16 @@ async def bdev_get_histogram(system: System, params: _Name) -> object:
     }
 
 
+@_method(saved.SetQosLimit)
+async def bdev_set_qos_limit(system: System, params: saved.SetQosLimit) -> object:
+    bdev = system.bdev(params.name)
+    try:
+        bdev.set_rate_limits(params.limits(bdev.rate_limits))
+    except (RequestError, ValueError) as error:
+        raise RpcError(INVALID_PARAMS, f"Invalid parameters: {error}") from error
+    return True
+
+
 # What has happened.
 
 
@@ -256,12 +266,12 @@ class _GetConfig(msgspec.Struct, forbid_unknown_fields=True):
 async def framework_get_config(system: System, params: _GetConfig) -> object:
     if params.name != "bdev":
         raise RpcError(INVALID_PARAMS, f"Subsystem '{params.name}' not found")
-    return saved.calls(system.specs())
+    return saved.calls(system.specs(), system.limits())
 
 
 @_method(_Nothing)
 async def save_config(system: System, params: _Nothing) -> object:
-    return {"subsystems": [{"subsystem": "bdev", "config": saved.calls(system.specs())}]}
+    return {"subsystems": [{"subsystem": "bdev", "config": saved.calls(system.specs(), system.limits())}]}
 
 
 @_method(_Name)
@@ -285,6 +295,7 @@ async def load_config(system: System, params: _LoadConfig) -> object:
             assert line.spec.name is not None
             names += await system.attach(line.spec)
             attached.append(line.spec.name)
+        system.limit(config.limits)
     except (VirtioError, MemoryError) as error:
         for name in attached:
             await system.detach(name)

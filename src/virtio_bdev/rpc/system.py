@@ -10,7 +10,7 @@ import functools
 import itertools
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from virtio.errors import VirtioError
@@ -18,6 +18,7 @@ from virtio_bdev import aio
 from virtio_bdev.bdev import Bdev
 from virtio_bdev.config import BdevSpec
 from virtio_bdev.events import Added, Event, Events, Lost, Removed
+from virtio_bdev.qos import RateLimits
 from virtio_bdev.registry import DEFAULT_NAMES
 from virtio_bdev.rpc.errors import RpcError, no_device
 
@@ -112,6 +113,15 @@ class System:
             )
             for name, held in self.controllers()
         }
+
+    def limits(self) -> dict[str, RateLimits]:
+        """The disks whose rates are limited, by name."""
+        return {bdev.name: bdev.rate_limits for bdev in self.bdevs() if any(bdev.rate_limits)}
+
+    def limit(self, limits: Mapping[str, RateLimits]) -> None:
+        """Set the limits of a configuration; RpcError for a disk that is not there."""
+        for bdev, wanted in [(self.bdev(name), wanted) for name, wanted in limits.items()]:
+            bdev.set_rate_limits(wanted)
 
     def controllers(self) -> list[tuple[str, Held]]:
         """All controllers, in the order in which they were asked for."""
