@@ -15,7 +15,6 @@ import select
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from virtio import control
 from virtio.errors import ProtocolError, RequestTimeout, TransportError, VirtioError
@@ -23,6 +22,7 @@ from virtio.ring.doorbell import Doorbell
 from virtio.ring.lease import Life
 from virtio.ring.region import Mapping, Region
 from virtio.transport.base import QueuePort, RingAreas
+from virtio.transport.windows import Windows
 from virtio.wire.pci import Common, Function, Register, Structure, StructureKind
 from virtio.wire.virtio import MAX_QUEUE_SIZE, ConfigField, Feature, Status
 
@@ -34,28 +34,6 @@ _GENERATIONS = 100  # how often a configuration may change while it is read
 _MAX_QUEUES = 256  # that ask for an interrupt vector of their own
 _NOTIFY_BYTES = 2
 _BAR, _OFFSET, _LENGTH, _DATA = 4, 8, 12, 16  # registers of the PCI_CFG capability (4.1.4.9)
-
-
-class Windows(Protocol):
-    """A PCI function in our hands. Any thread may call `read` and `write`.
-
-    Widths are in bytes: 1, 2 or 4, and offsets are multiples of them. After `close`, which is
-    idempotent, the device reaches no memory of ours.
-    """
-
-    name: str  # "0000:00:04.0"
-    translated: bool  # the addresses of `map` mean something to an IOMMU alone
-
-    def read_config(self, offset: int, width: int) -> int: ...
-    def write_config(self, offset: int, width: int, value: int) -> None: ...
-    def bar_bytes(self, bar: int) -> int: ...  # 0: there is no access to it, or there is none
-    def read(self, bar: int, offset: int, width: int) -> int: ...
-    def write(self, bar: int, offset: int, width: int, value: int) -> None: ...
-    def doorbell(self, bar: int, offset: int, value: int) -> Doorbell: ...  # stores 16 bits there
-    def region(self, nbytes: int) -> Region: ...
-    def map(self, region: Region) -> Mapping: ...
-    def interrupts(self, count: int) -> Sequence[int]: ...  # eventfds, its own, of vectors 0, 1, ..
-    def close(self) -> None: ...
 
 
 class _Registers:
