@@ -70,6 +70,9 @@ class ModelWindows:
     def map(self, region):
         return self._mapping or Mapping.contiguous(IOVA)
 
+    def line(self):
+        return None
+
     def interrupts(self, count):
         for _ in range(min(count, self._vectors)):
             self.eventfds.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))

@@ -184,7 +184,7 @@ class Device(ABC):
     def _request_queue(self, index: int, layout: Layout, segments: int, segment_bytes: int) -> Lease:
         assert self._region is not None
         size = self._fitting(index)
-        memory = self.pool.take(queue_bytes(size, layout, segments, self.indirect))
+        memory = self.pool.take(queue_bytes(size, layout, segments, self.indirect, self._align))
         queue = RequestQueue(
             memory,
             self._region.view,
@@ -196,6 +196,7 @@ class Device(ABC):
             indirect=self.indirect,
             event_idx=self._event_idx,
             number=index,
+            align=self._align,
         )
         self._queues.append(queue)
         port = self._connect(index, size, memory)
@@ -209,22 +210,29 @@ class Device(ABC):
         assert self._region is not None
         if all(index != known for known, _, _ in self._rings):
             self._rings.append((index, size, memory))
-        available, used, _ = split.areas(size)
+        available, used, _ = split.areas(size, self._align)
         at = memory.offset
         return self.transport.setup_queue(
             index, RingAreas(self._region, size, at, at + available, at + used), 0
         )
 
     @property
+    def _align(self) -> int:
+        """Of the used rings."""
+        return split.LEGACY_ALIGN if self.transport.legacy else split.ALIGN
+
+    @property
     def _event_idx(self) -> bool:
         return bool(self.features & Feature.EVENT_IDX)
 
     def _fitting(self, index: int) -> int:
-        """The size of a queue: what was asked for, unless the device takes less."""
+        """The size of a queue: what was asked for, unless the device takes less, or that size alone."""
         largest = self.transport.largest_queue(index)
         if largest == 0:
             raise TransportError(errno.ENODEV, f"{self.transport.address} has no queue {index}")
-        return self.queue_size if largest is None else min(self.queue_size, largest)
+        if largest is None:
+            return self.queue_size
+        return largest if self.transport.legacy else min(self.queue_size, largest)
 
     # Starting again.
 

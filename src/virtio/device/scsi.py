@@ -94,8 +94,16 @@ class ScsiDevice(Device):
             self._control = self._request_queue(index, CONTROL_LAYOUT, 1, 1)
             return
         size, nbytes = self._fitting(index), self.config.event_info_size
-        memory = self.pool.take(event_queue_bytes(size, nbytes))
-        self._events = EventQueue(memory, self._mapping, size, nbytes, self.life, event_idx=self._event_idx)
+        memory = self.pool.take(event_queue_bytes(size, nbytes, self._align))
+        self._events = EventQueue(
+            memory,
+            self._mapping,
+            size,
+            nbytes,
+            self.life,
+            event_idx=self._event_idx,
+            align=self._align,
+        )
         self._event_port = self._connect(index, size, memory)
 
     def _set_up_requests(self, index: int) -> Lease:

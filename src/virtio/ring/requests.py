@@ -325,10 +325,10 @@ def _first_bad(offsets: Mem, count: int, last: int, grid: int) -> int:
     return -1
 
 
-def queue_bytes(size: int, layout: Layout, segments: int, indirect: bool) -> int:
+def queue_bytes(size: int, layout: Layout, segments: int, indirect: bool, align: int = _split.ALIGN) -> int:
     """How much shared memory a request queue of `size` descriptors takes."""
     stride, _, _, slots = _shape(size, layout, segments, indirect)
-    return _split.areas(size)[2] + stride * slots
+    return _split.areas(size, align)[2] + stride * slots
 
 
 def _up(value: int, align: int) -> int:
@@ -371,15 +371,17 @@ class RequestQueue:
         indirect: bool,
         event_idx: bool,
         number: int = 0,
+        align: int = _split.ALIGN,
     ) -> None:
-        """`memory` is `queue_bytes(...)` of `region`; data segments are at most `segment_bytes`.
+        """`memory` is `queue_bytes(...)` of `region`; data segments are at most `segment_bytes`, and the
+        used ring begins at a multiple of `align`.
 
         Queues of one device with different numbers give their requests different tags.
         """
         stride, response, table, slots = _shape(size, layout, segments, indirect)
-        end = _split.areas(size)[2]
+        end = _split.areas(size, align)[2]
         self._buffer: Buffer | None = memory  # keeps the region's bytes lent
-        self.ring = SplitRing(memory.view()[:end], size, event_idx=event_idx)
+        self.ring = SplitRing(memory.view()[:end], size, event_idx=event_idx, align=align)
         self.slots = slots
         self.segments, self.segment_bytes = segments, segment_bytes
         self.indirect = indirect
