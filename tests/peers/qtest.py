@@ -6,6 +6,7 @@ too, where a thread finds them.
 """
 
 import contextlib
+import ctypes
 import errno
 import mmap
 import os
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import threading
 import time
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -33,6 +35,7 @@ _FIRMWARE = bytes(0xFFF0) + b"\xfa\xf4\xeb\xfd".ljust(16, b"\0")  # at its reset
 _EJECT = 0xAE08  # of the PIIX4's ACPI hot plug: a bit for each slot
 _LOOK_S = 0.0002  # between two looks at the interrupt messages
 
+_MAP_FIXED = 0x10
 _SIZES = {1: "b", 2: "w", 4: "l"}
 
 
@@ -224,6 +227,26 @@ class GuestRegion(Region):
         self.address = address_of(self.view)
 
 
+class ScatteredRegion(Region):
+    """The same in pages that are nowhere next to each other: in reverse order."""
+
+    def __init__(self, ram: int, iova: int, nbytes: int, shift: int) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        self.size, self.huge, page = nbytes, False, 1 << shift
+        self.fd = os.dup(ram)
+        memory = mmap.mmap(-1, nbytes, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
+        self.view = memoryview(memory)
+        self.address = address_of(self.view)
+        table = array("Q", range(iova + nbytes - page, iova - page, -page))
+        for number, place in enumerate(table):
+            at = self.address + number * page
+            mapped = libc.mmap(at, page, 3, mmap.MAP_SHARED | _MAP_FIXED, ram, place)
+            assert mapped == at, os.strerror(ctypes.get_errno())
+        self.mapping = Mapping(shift, table)
+
+
 class QtestWindows:
     """`virtio.transport.pci.Windows` on a device of a machine.
 
@@ -243,6 +266,7 @@ class QtestWindows:
         self._machine = machine
         self._qtest = machine.qtest
         self._bars = bars
+        self.shift = 0  # where not: memory comes in pages of 1 << shift, in no order
         self._lent: list[int] = []
         self._eventfds: list[int] = []
         self._watcher: threading.Thread | None = None
@@ -279,9 +303,13 @@ class QtestWindows:
     def region(self, nbytes: int) -> Region:
         at = self._machine.lend(nbytes)
         self._lent.append(at)
+        if self.shift:
+            return ScatteredRegion(self._machine.ram, at, nbytes, self.shift)
         return GuestRegion(self._machine.ram, at, nbytes)
 
     def map(self, region: Region) -> Mapping:
+        if isinstance(region, ScatteredRegion):
+            return region.mapping
         assert isinstance(region, GuestRegion)
         return Mapping.contiguous(region.iova)
 

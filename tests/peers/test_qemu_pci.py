@@ -126,6 +126,33 @@ def test_what_is_written_is_in_the_file(tmp_path, kind, variant, queues):
     assert after == before
 
 
+@pytest.mark.parametrize("shift", [12, 21])
+@pytest.mark.parametrize("variant", ["modern", "legacy-only", "neither", "legacy-only, indirect_desc=off"])
+@kinds
+def test_memory_in_pages_is_as_good(tmp_path, kind, variant, shift):
+    """As it is without an IOMMU: a descriptor that went on past the end of a page would hit another."""
+    path = image(tmp_path / "disk")
+    options = VARIANTS[variant] + f",{'queue-size' if kind == 'blk' else 'virtqueue_size'}=128"
+    with Machine(QEMU, *device(kind, path, options, 2)) as machine:
+        windows = machine.windows(SLOT)
+        windows.shift = shift
+        if "legacy" in variant and shift == 12:  # a ring takes two pages
+            with pytest.raises(TransportError, match="in pieces"):
+                DEVICES[kind](open_pci(windows), pool_bytes=16 * MIB)
+            return
+        with attached(machine, kind, windows=windows, queues=2, pool_bytes=16 * MIB) as controller:
+            (bdev,) = controller.values()
+            exercise(bdev, path, wait="event")
+            exercise(bdev, path, wait="poll")
+            with bdev.open() as channel, controller.buffer(2 * MIB + 512) as buffer:
+                content = path.read_bytes()
+                with memoryview(buffer) as view, view[100 : 100 + 2 * MIB] as odd:
+                    channel.readinto(MIB, odd)  # in place, wherever pages end
+                    assert odd == content[MIB : 3 * MIB]
+                    channel.write(0, odd)
+                    assert path.read_bytes() == content[MIB : 3 * MIB] + content[2 * MIB :]
+
+
 def in_threads(bdev, path, waits):
     """Exercise a quarter of the disk in each of four threads, so on four queues, at the same time."""
     failures = []

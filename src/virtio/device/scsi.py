@@ -74,7 +74,7 @@ class ScsiDevice(Device):
             )
         # A unit takes so many commands over all queues: each queue needs one at least (5.6.4).
         self.num_queues = min(config.num_queues, max(1, config.cmd_per_lun))
-        self._limit_segments(1, MAX_TRANSFER)
+        self._limit_segments(config.seg_max or 1, MAX_TRANSFER)
         self.units: dict[tuple[int, int], Unit] = {}
         self._disks: dict[tuple[int, int], Disk] = {}
         self._finding = threading.Lock()  # held while these two change
@@ -193,7 +193,7 @@ class ScsiDevice(Device):
             self._disks.pop(at, None)
         elif unit != before or at not in self._disks:
             doubted = functools.partial(weakly(self._doubted), at)
-            self._disks[at] = make_disk(target, unit, self.config, self._depth, doubted)
+            self._disks[at] = make_disk(target, unit, self.config, self._depth, self.most_bytes, doubted)
 
     def _known(self, target: int) -> list[int]:
         return [lun for number, lun in self.units if number == target]
