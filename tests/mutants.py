@@ -1240,14 +1240,13 @@ def describe(mutant: Mutant) -> str:
 def tests_by_clause() -> dict[str, list[str]]:
     """The tests whose docstrings name a clause."""
     found: dict[str, list[str]] = defaultdict(list)
-    for path in (
-        *sorted((ROOT / CONFORMANCE).glob("test_*.py")),
-        *(ROOT / path for path in (PCI, PCI_SPACE)),
-    ):
+    beside = (ROOT / path for path in (PCI, LEGACY_PCI, PCI_SPACE, BELL_TEST))
+    for path in (*sorted((ROOT / CONFORMANCE).glob("test_*.py")), *beside):
+        where = path.stem if path.parent.name == "conformance" else f"{path.parent.name}/{path.stem}"
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 for clause in dict.fromkeys(re.findall(r"[A-Z]{3}-\d+", ast.get_docstring(node) or "")):
-                    found[clause].append(f"{path.stem}::{node.name}")
+                    found[clause].append(f"{where}::{node.name}")
     return found
 
 
