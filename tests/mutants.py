@@ -43,12 +43,23 @@ EVENT_QUEUE = "src/virtio/device/events.py"
 RECOVERY = "src/virtio/device/recovery.py"
 SCSI_WIRE = "src/virtio/wire/virtio_scsi.py"
 BDEV = "src/virtio_bdev/bdev.py"
+MODERN = "src/virtio/transport/pci.py"
+LEGACY = "src/virtio/transport/pci_legacy.py"
+PCI_BASE = "src/virtio/transport/pci_base.py"
+PCI_WIRE = "src/virtio/wire/pci.py"
+BELL = "src/virtio/ring/doorbell.py"
 
 INIT, RING, USER, CLEAN, BLOCK, UNITS, RESET = (
     f"{CONFORMANCE}/test_{name}.py"
     for name in ("init", "split_ring", "vhost_user", "cleanup", "blk", "scsi", "reset")
 )
 EXPLAIN = "tests/device/test_explain.py"
+PCI, LEGACY_PCI, PCI_SPACE, BELL_TEST = (
+    "tests/transport/test_pci.py",
+    "tests/transport/test_pci_legacy.py",
+    "tests/wire/test_pci.py",
+    "tests/ring/test_doorbell.py",
+)
 
 
 class Mutant(NamedTuple):
@@ -82,7 +93,7 @@ CLAUSES = [
     Clause("INI-5", "M", "no notification before DRIVER_OK"),
     Clause("STA-1", "M", "status bits are added, and cleared by a reset only"),
     Clause("STA-2", "M", "after FAILED, reset before a new start"),
-    Clause("STA-3", "S", "recover from DEVICE_NEEDS_RESET by a reset", "no way to learn of it yet"),
+    Clause("STA-3", "S", "with DEVICE_NEEDS_RESET no completion is counted on: the device is given up"),
     Clause("FEA-1", "M", "accept no bit that was not offered"),
     Clause("FEA-2", "M", "accept no bit without those it needs", "no bit accepted here needs another"),
     Clause("FEA-3", "M", "ignore unknown, reserved and other devices' bits"),
@@ -96,11 +107,9 @@ CLAUSES = [
     Clause("RST-1", "S", "a reset is over when the status reads 0"),
     Clause("CFG-1", "M", "no atomicity across 32 bits or several fields"),
     Clause("CFG-2", "M", "no optional field without its feature"),
-    Clause(
-        "CFG-3", "M", "a longer configuration space is accepted", "its length is not seen over vhost-user"
-    ),
-    Clause("VQR-1", "M", "a queue reset is verified", f"RING_RESET is {_NEVER}"),
-    Clause("VQR-2", "M", "a queue is enabled again as at first", f"RING_RESET is {_NEVER}"),
+    Clause("CFG-3", "M", "a longer configuration space is accepted"),
+    Clause("VQR-1", "M", "a queue reset is verified"),
+    Clause("VQR-2", "M", "a queue is enabled again as at first"),
     Clause("CLN-1", "M", "buffers that the device has are not altered"),
     Clause("CLN-2", "M", "buffers are taken back from a stopped queue only"),
     Clause("SUS-1", "S", "SUSPEND only if negotiated", f"SUSPEND is {_NEVER}"),
@@ -156,6 +165,29 @@ CLAUSES = [
     Clause("VHU-25", "M", "nothing of migration is negotiated"),
     Clause("VHU-26", "M", "nothing of device state is negotiated"),
     Clause("VHU-27", "M", "either side may listen", "we connect; the target listens"),
+    Clause("PCI-1", "M", "vendor 1af4, devices 1040 to 107f, and the transitional ones"),
+    Clause("PCI-2", "M", "any revision, any subsystem", "nothing reads them"),
+    Clause("PCI-3", "M", "each field by its own width, 64 bits as two of 32"),
+    Clause("PCI-4", "M", "capabilities of reserved types are passed over"),
+    Clause("PCI-5", "S", "the first usable structure of a type"),
+    Clause("PCI-6", "M", "longer capabilities are accepted"),
+    Clause("PCI-7", "M", "capabilities with a reserved BAR are passed over"),
+    Clause("PCI-8", "M", "structures of any length are handled"),
+    Clause("PCI-9", "M", "capabilities are not written, PCI_CFG's registers excepted"),
+    Clause("PCI-10", "M", "registers for reading are not written"),
+    Clause("PCI-11", "M", "the size of a queue is a power of two"),
+    Clause("PCI-12", "M", "queue_enable after all else of a queue"),
+    Clause("PCI-13", "M", "after a reset, wait until the status reads 0"),
+    Clause("PCI-14", "M", "queue_enable is never written 0"),
+    Clause("PCI-15", "M", "a queue reset is over when queue_reset reads 0"),
+    Clause("PCI-16", "M", "the administration queues", f"ADMIN_VQ is {_NEVER}"),
+    Clause("PCI-17", "S", "with MSI-X the ISR status is left alone"),
+    Clause("PCI-18", "M", "vendor data: look at the vendor first", "vendor data is not read"),
+    Clause("PCI-19", "M", "PCI_CFG: aligned, and within a structure"),
+    Clause("PCI-20", "M", "vectors of the table, read back, and done without"),
+    Clause("PCI-21", "M", "notifications of 16 bits"),
+    Clause("PCI-22", "M", "the queue's index, or what queue_notif_config_data says"),
+    Clause("PCI-23", "M", "one interrupt may be for configuration and queues"),
     Clause("BLK-1", "S", "no request that was not negotiated"),
     Clause("BLK-2", "S", "FLUSH without CONFIG_WCE: a write-back cache", _DISK),
     Clause("BLK-3", "M", "`writeback` is not read before FEATURES_OK"),
@@ -794,8 +826,8 @@ MUTANTS = [
         "SCS-11",
         f"{UNITS}::test_transfers_keep_to_max_sectors_and_seg_max",
         SCSI_DISK,
-        "    limit = min(MAX_TRANSFER, config.max_sectors * _SECTOR or MAX_TRANSFER)\n",
-        "    limit = MAX_TRANSFER\n",
+        "    limit = min(most, config.max_sectors * _SECTOR or most)\n",
+        "    limit = most\n",
     ),
     Mutant(
         "SCS-11",
@@ -824,6 +856,296 @@ MUTANTS = [
         DEVICE,
         "        self.transport.renew()\n",
         "        pass\n",
+    ),
+    # PCI
+    Mutant(
+        "STA-3",
+        f"{PCI}::test_a_device_that_needs_a_reset_is_given_up",
+        PCI_BASE,
+        "        elif status & Status.DEVICE_NEEDS_RESET:\n",
+        "        elif False:\n",
+    ),
+    Mutant(
+        "RFB-2",
+        f"{PCI}::test_behind_an_iommu_a_device_must_know_of_it",
+        MODERN,
+        "        if windows.translated:\n",
+        "        if False:\n",
+    ),
+    Mutant(
+        "RFB-2",
+        f"{LEGACY_PCI}::test_behind_an_iommu_it_is_refused",
+        LEGACY,
+        "        if self.windows.translated:\n",
+        "        if False:\n",
+    ),
+    Mutant(
+        "RST-1",
+        f"{PCI}::test_a_reset_is_awaited",
+        PCI_BASE,
+        '        self._wait(lambda: self.status() == 0, "read status 0 after a reset")\n',
+        "        self.status()\n",
+    ),
+    Mutant(
+        "CFG-1",
+        f"{PCI}::test_the_configuration_is_of_one_moment",
+        MODERN,
+        "            if self._common.read(Common.CONFIG_GENERATION) == before:\n"
+        "                self._generation",
+        "            if True:\n                self._generation",
+    ),
+    Mutant(
+        "CFG-1",
+        f"{LEGACY_PCI}::test_a_configuration_that_never_holds_still_is_given_up",
+        LEGACY,
+        "            if space == before:\n",
+        "            if True:\n",
+    ),
+    Mutant(
+        "CFG-2",
+        f"{PCI}::test_fields_are_read_by_their_widths_and_only_if_their_feature_was_accepted",
+        BLK,
+        "        own = self.features & DEVICE_BITS\n",
+        "        own = self.WANTED\n",
+    ),
+    Mutant(
+        "CFG-3",
+        f"{PCI}::test_a_longer_configuration_is_accepted_and_a_shorter_one_is_not",
+        MODERN,
+        "        if device.nbytes < nbytes:\n",
+        "        if device.nbytes != nbytes:\n",
+    ),
+    Mutant(
+        "VQR-1",
+        f"{PCI}::test_a_queue_reset_is_awaited_and_the_queue_set_up_as_at_first",
+        MODERN,
+        '        self._wait(lambda: self._common.read(Common.QUEUE_RESET) == 0, f"reset queue {index}")\n',
+        "        pass\n",
+    ),
+    Mutant(
+        "VQR-2",
+        f"{PCI}::test_a_queue_reset_is_awaited_and_the_queue_set_up_as_at_first",
+        MODERN,
+        "        common.write(Common.QUEUE_SIZE, areas.size)\n",
+        "        if not hasattr(self, f'_told{index}'):\n"
+        "            common.write(Common.QUEUE_SIZE, areas.size)\n"
+        "        setattr(self, f'_told{index}', True)\n",
+    ),
+    Mutant(
+        "PCI-1",
+        f"{PCI_SPACE}::test_the_device_type_is_in_the_device_id",
+        PCI_WIRE,
+        "_FIRST_ID, _LAST_ID = 0x1040, 0x107F",
+        "_FIRST_ID, _LAST_ID = 0x1041, 0x107F",
+    ),
+    Mutant(
+        "PCI-1",
+        f"{PCI}::test_the_type_comes_from_the_device",
+        PCI_WIRE,
+        "0x1004: 8",
+        "0x1004: 9",
+    ),
+    Mutant(
+        "PCI-3",
+        f"{PCI}::test_a_device_is_brought_up_and_taken_down_by_the_rules",
+        PCI_WIRE,
+        "    QUEUE_ENABLE = Register(28, 2)\n",
+        "    QUEUE_ENABLE = Register(28, 4)\n",
+    ),
+    Mutant(
+        "PCI-3",
+        f"{PCI}::test_fields_are_read_by_their_widths_and_only_if_their_feature_was_accepted",
+        PCI_BASE,
+        "            part = min(4, offset + width - at)\n",
+        "            part = 4\n",
+    ),
+    Mutant(
+        "PCI-4",
+        f"{PCI_SPACE}::test_capabilities_of_reserved_or_other_types_are_passed_over",
+        PCI_WIRE,
+        "    if cfg_type not in _KINDS or (",
+        "    if (",
+    ),
+    Mutant(
+        "PCI-5",
+        f"{PCI}::test_the_first_of_two_is_taken",
+        MODERN,
+        "    for structure in function.structures:\n        if structure.kind",
+        "    for structure in reversed(function.structures):\n        if structure.kind",
+    ),
+    Mutant(
+        "PCI-5",
+        f"{PCI}::test_the_first_usable_common_configuration_is_taken",
+        MODERN,
+        "            if nbytes >= needed:\n",
+        "            if True:\n",
+    ),
+    Mutant(
+        "PCI-6",
+        f"{PCI_SPACE}::test_a_longer_capability_is_accepted",
+        PCI_WIRE,
+        "    if size < needed or",
+        "    if size != needed or",
+    ),
+    Mutant(
+        "PCI-7",
+        f"{PCI_SPACE}::test_a_capability_with_a_reserved_bar_is_passed_over",
+        PCI_WIRE,
+        "bar >= BARS and cfg_type",
+        "bar > BARS and cfg_type",
+    ),
+    Mutant(
+        "PCI-8",
+        f"{PCI}::test_unexpectedly_large_structures_are_handled",
+        MODERN,
+        "            nbytes = min(structure.length, room - structure.offset)\n",
+        "            nbytes = structure.length if structure.length <= room - structure.offset else 0\n",
+    ),
+    Mutant(
+        "PCI-9",
+        f"{PCI}::test_without_access_to_bars_registers_are_reached_through_configuration_space",
+        MODERN,
+        "        self._windows.write_config(self._at + _BAR, 1, self._bar)\n",
+        "        self._windows.write_config(self._at + _BAR - 1, 1, self._bar)\n",
+    ),
+    Mutant(
+        "PCI-10",
+        f"{PCI}::test_a_device_is_brought_up_and_taken_down_by_the_rules",
+        MODERN,
+        "        offset = self._common.read(Common.QUEUE_NOTIFY_OFF) *",
+        "        self._common.write(Common.QUEUE_NOTIFY_OFF, index)\n"
+        "        offset = self._common.read(Common.QUEUE_NOTIFY_OFF) *",
+    ),
+    Mutant(
+        "PCI-11",
+        f"{PCI}::test_a_queue_is_as_large_as_the_device_allows_and_a_power_of_two",
+        MODERN,
+        "        return 1 << size.bit_length() - 1 if size else 0\n",
+        "        return size\n",
+    ),
+    Mutant(
+        "PCI-12",
+        f"{PCI}::test_a_device_is_brought_up_and_taken_down_by_the_rules",
+        MODERN,
+        "        common.write(Common.QUEUE_SIZE, areas.size)\n",
+        "        common.write(Common.QUEUE_ENABLE, 1)\n        common.write(Common.QUEUE_SIZE, areas.size)\n",
+    ),
+    Mutant(
+        "PCI-13",
+        f"{PCI}::test_a_reset_is_awaited",
+        PCI_BASE,
+        '        self._wait(lambda: self.status() == 0, "read status 0 after a reset")\n',
+        "        pass\n",
+    ),
+    Mutant(
+        "PCI-13",
+        f"{PCI}::test_a_reset_that_never_ends_is_given_up",
+        PCI_BASE,
+        "            if time.monotonic() > deadline:\n",
+        "            if time.monotonic() > deadline + 2:\n",
+    ),
+    Mutant(
+        "PCI-14",
+        f"{PCI}::test_a_device_is_brought_up_and_taken_down_by_the_rules",
+        MODERN,
+        "        common.write(Common.QUEUE_SIZE, areas.size)\n",
+        "        common.write(Common.QUEUE_SIZE, areas.size)\n        common.write(Common.QUEUE_ENABLE, 0)\n",
+    ),
+    Mutant(
+        "PCI-15",
+        f"{PCI}::test_a_queue_reset_is_awaited_and_the_queue_set_up_as_at_first",
+        MODERN,
+        "self._common.read(Common.QUEUE_RESET) == 0, f",
+        "self._common.read(Common.QUEUE_RESET) >= 0, f",
+    ),
+    Mutant(
+        "PCI-17",
+        f"{PCI}::test_a_configuration_interrupt_alone_changes_nothing",
+        PCI_BASE,
+        "        self._pass_on()\n        with self._complaining():\n            self._look_at_config()\n",
+        "        self._pass_on()\n"
+        "        with self._complaining():\n"
+        "            self._read_isr()\n"
+        "            self._look_at_config()\n",
+    ),
+    Mutant(
+        "PCI-19",
+        f"{PCI}::test_without_access_to_bars_registers_are_reached_through_configuration_space",
+        MODERN,
+        "        self._windows.write_config(self._at + _LENGTH, 4, register.width)\n",
+        "        self._windows.write_config(self._at + _LENGTH, 4, 4)\n",
+    ),
+    Mutant(
+        "PCI-20",
+        f"{PCI}::test_where_the_table_is_small_queues_share_vector_0",
+        PCI_BASE,
+        "        if own < len(vectors) and",
+        "        if vectors and own <= len(vectors) and",
+    ),
+    Mutant(
+        "PCI-20",
+        f"{PCI}::test_a_vector_that_the_device_refuses_is_replaced",
+        MODERN,
+        "        return self._common.read(register) == vector\n",
+        "        self._common.read(register)\n        return True\n",
+    ),
+    Mutant(
+        "PCI-20",
+        f"{LEGACY_PCI}::test_a_vector_that_the_device_refuses_is_replaced",
+        LEGACY,
+        "        return self._load(register) == vector\n",
+        "        self._load(register)\n        return True\n",
+    ),
+    Mutant(
+        "PCI-21",
+        f"{BELL_TEST}::test_a_mapped_register_is_stored_to_with_its_width",
+        BELL,
+        "                store_u16(self._mem, self._at, self._value)\n",
+        "                store_u32(self._mem, self._at, self._value)\n",
+    ),
+    Mutant(
+        "PCI-21",
+        f"{PCI}::test_each_queue_is_notified_at_its_own_place",
+        MODERN,
+        "QUEUE_NOTIFY_OFF) * self._notify.multiplier\n",
+        "QUEUE_NOTIFY_OFF) * 2\n",
+    ),
+    Mutant(
+        "PCI-22",
+        f"{PCI}::test_with_notif_config_data_that_is_what_is_written",
+        MODERN,
+        "        if self._features & Feature.NOTIF_CONFIG_DATA:\n",
+        "        if False:\n",
+    ),
+    Mutant(
+        "PCI-23",
+        f"{PCI}::test_where_the_table_is_small_queues_share_vector_0",
+        PCI_BASE,
+        "        self._pass_on()\n        with self._complaining():\n            self._look_at_config()\n",
+        "        with self._complaining():\n            self._look_at_config()\n",
+    ),
+    Mutant(
+        "PCI-23",
+        f"{PCI}::test_where_there_is_no_msix_all_queues_share_the_line",
+        PCI_BASE,
+        "            if reasons & _QUEUE_INTERRUPT:\n                self._pass_on()\n            if reasons",
+        "            if reasons & _QUEUE_INTERRUPT:\n"
+        "                self._pass_on()\n"
+        "            elif reasons",
+    ),
+    Mutant(
+        "SPL-1",
+        f"{LEGACY_PCI}::test_the_ring_is_where_a_legacy_device_looks_for_it",
+        DEVICE,
+        "        return split.LEGACY_ALIGN if self.transport.legacy else split.ALIGN\n",
+        "        return split.ALIGN\n",
+    ),
+    Mutant(
+        "BLK-5",
+        f"{LEGACY_PCI}::test_a_change_of_the_configuration_is_seen_by_looking",
+        LEGACY,
+        "        return self._read_config(nbytes, fields) != space\n",
+        "        return False\n",
     ),
 ]
 
@@ -918,11 +1240,13 @@ def describe(mutant: Mutant) -> str:
 def tests_by_clause() -> dict[str, list[str]]:
     """The tests whose docstrings name a clause."""
     found: dict[str, list[str]] = defaultdict(list)
-    for path in sorted((ROOT / CONFORMANCE).glob("test_*.py")):
+    beside = (ROOT / path for path in (PCI, LEGACY_PCI, PCI_SPACE, BELL_TEST))
+    for path in (*sorted((ROOT / CONFORMANCE).glob("test_*.py")), *beside):
+        where = path.stem if path.parent.name == "conformance" else f"{path.parent.name}/{path.stem}"
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 for clause in dict.fromkeys(re.findall(r"[A-Z]{3}-\d+", ast.get_docstring(node) or "")):
-                    found[clause].append(f"{path.stem}::{node.name}")
+                    found[clause].append(f"{where}::{node.name}")
     return found
 
 

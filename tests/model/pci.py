@@ -128,6 +128,7 @@ class PciDevice:
     keeps_features_ok: bool = True
     flips: int = 0  # how often the configuration changes while it is read
     gone: bool = False
+    isr: int = 0
 
     def __post_init__(self) -> None:
         self.log: list[Access] = []
@@ -239,7 +240,9 @@ class PciDevice:
             return self._read_device(inner, width)
         if where == "isr":
             self._judge(not self.msix_enabled, "PCI-17: read the ISR status with MSI-X on")
-            self.log.append(Access(False, "isr", 0))
+            self.log.append(Access(False, "isr", self.isr))
+            value, self.isr = self.isr, 0
+            return value
         return 0
 
     def write(self, bar: int, offset: int, width: int, value: int) -> None:

@@ -6,6 +6,7 @@ too, where a thread finds them.
 """
 
 import contextlib
+import ctypes
 import errno
 import mmap
 import os
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import threading
 import time
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -21,6 +23,7 @@ from virtio.errors import TransportError
 from virtio.ring.buffer import address_of
 from virtio.ring.doorbell import Doorbell
 from virtio.ring.region import Mapping, Region
+from virtio.transport.windows import Line
 
 WAIT_S = 10.0  # for anything that it is asked to do
 
@@ -29,8 +32,10 @@ _MESSAGES_AT = 1 << 20  # a page for each function's interrupt messages
 _REGIONS_AT = 2 << 20
 _MEMORY_AT, _PORTS_AT = 0xE0000000, 0xC000  # where BARs may be on a q35
 _FIRMWARE = bytes(0xFFF0) + b"\xfa\xf4\xeb\xfd".ljust(16, b"\0")  # at its reset vector: cli; hlt; jmp hlt
+_EJECT = 0xAE08  # of the PIIX4's ACPI hot plug: a bit for each slot
 _LOOK_S = 0.0002  # between two looks at the interrupt messages
 
+_MAP_FIXED = 0x10
 _SIZES = {1: "b", 2: "w", 4: "l"}
 
 
@@ -80,9 +85,12 @@ class Qtest:
 
 
 class Machine:
-    """A running QEMU with these devices; a context manager, which ends it in any case."""
+    """A running QEMU with these devices; a context manager, which ends it in any case.
 
-    def __init__(self, program: str, *arguments: str) -> None:
+    A `pc` has a bus whose devices can be unplugged.
+    """
+
+    def __init__(self, program: str, *arguments: str, kind: str = "q35") -> None:
         self.ram = os.memfd_create("guest", os.MFD_CLOEXEC)
         os.ftruncate(self.ram, _RAM_BYTES)
         firmware = os.memfd_create("firmware", os.MFD_CLOEXEC)
@@ -95,7 +103,7 @@ class Machine:
         inherited = [self.ram, firmware, their_qtest.fileno(), their_qmp.fileno()]
         with their_qtest, their_qmp:
             self._process = subprocess.Popen(
-                [program, "-machine", "q35,memory-backend=ram", "-accel", "tcg", "-nodefaults"]
+                [program, "-machine", f"{kind},memory-backend=ram", "-accel", "tcg", "-nodefaults"]
                 + ["-display", "none", "-bios", f"/proc/self/fd/{firmware}", "-m", f"{_RAM_BYTES >> 20}M"]
                 + ["-object", f"memory-backend-file,id=ram,size={_RAM_BYTES},share=on,mem-path={ram}"]
                 + ["-chardev", f"socket,id=qtest,fd={their_qtest.fileno()}", "-qtest", "chardev:qtest"]
@@ -118,6 +126,14 @@ class Machine:
     def qmp(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
         """Run a monitor command, and return what it returns."""
         return self._monitor.run(command, arguments)
+
+    def unplug(self, name: str, slot: int) -> None:
+        """Remove a device from the bus of a `pc`, as its owner's operating system would let it go."""
+        self.qmp("device_del", {"id": name})
+        self.qtest.store(_EJECT, 4, 1 << slot, ports=True)
+        end = time.monotonic() + WAIT_S
+        while self.qtest.load_config(slot, 0, 2) != 0xFFFF:
+            assert time.monotonic() < end, f"{name} is still there"
 
     def functions(self) -> Iterator[int]:
         """The slots of the bus that have a device of virtio's vendor."""
@@ -211,11 +227,32 @@ class GuestRegion(Region):
         self.address = address_of(self.view)
 
 
+class ScatteredRegion(Region):
+    """The same in pages that are nowhere next to each other: in reverse order."""
+
+    def __init__(self, ram: int, iova: int, nbytes: int, shift: int) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        self.size, self.huge, page = nbytes, False, 1 << shift
+        self.fd = os.dup(ram)
+        memory = mmap.mmap(-1, nbytes, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
+        self.view = memoryview(memory)
+        self.address = address_of(self.view)
+        table = array("Q", range(iova + nbytes - page, iova - page, -page))
+        for number, place in enumerate(table):
+            at = self.address + number * page
+            mapped = libc.mmap(at, page, 3, mmap.MAP_SHARED | _MAP_FIXED, ram, place)
+            assert mapped == at, os.strerror(ctypes.get_errno())
+        self.mapping = Mapping(shift, table)
+
+
 class QtestWindows:
     """`virtio.transport.pci.Windows` on a device of a machine.
 
     `vectors` bounds the interrupts that it can provide; None: as many as the device has. `counts` says how
-    many messages of each vector were seen, several in a row counted once.
+    many messages of each vector were seen, several in a row counted once; or how often INTx was up, which
+    there is if `has_line` says so.
     """
 
     translated = False
@@ -224,14 +261,18 @@ class QtestWindows:
         self.name = f"0000:00:{slot:02x}.0"
         self.slot = slot
         self.vectors: int | None = None
+        self.has_line = False
         self.counts: list[int] = []
         self._machine = machine
         self._qtest = machine.qtest
         self._bars = bars
+        self.shift = 0  # where not: memory comes in pages of 1 << shift, in no order
         self._lent: list[int] = []
         self._eventfds: list[int] = []
         self._watcher: threading.Thread | None = None
         self._closing = threading.Event()
+        self._unmasked = threading.Event()  # INTx
+        self._unmasked.set()
         self._closed = False
         self._command(7)  # I/O and memory accesses, and bus mastering
 
@@ -262,9 +303,13 @@ class QtestWindows:
     def region(self, nbytes: int) -> Region:
         at = self._machine.lend(nbytes)
         self._lent.append(at)
+        if self.shift:
+            return ScatteredRegion(self._machine.ram, at, nbytes, self.shift)
         return GuestRegion(self._machine.ram, at, nbytes)
 
     def map(self, region: Region) -> Mapping:
+        if isinstance(region, ScatteredRegion):
+            return region.mapping
         assert isinstance(region, GuestRegion)
         return Mapping.contiguous(region.iova)
 
@@ -287,12 +332,28 @@ class QtestWindows:
         self._watcher.start()
         return self._eventfds
 
+    def line(self) -> Line | None:
+        """INTx as the device's interrupt status bit shows it (PCI 3.0, 6.2.3)."""
+        if not self.has_line or not self.read_config(0x3D, 1):
+            return None
+        self._eventfds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)]
+        self.counts = [0]
+        self._watcher = threading.Thread(target=self._watch_line, name=f"intx {self.name}")
+        self._watcher.start()
+        return Line(self._eventfds[0], self._rearm)
+
+    def _rearm(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._eventfds[0])
+        self._unmasked.set()
+
     def close(self) -> None:
         """Stop all DMA, and give back the memory."""
         if self._closed:
             return
         self._closed = True
         self._closing.set()
+        self._unmasked.set()
         if self._watcher is not None:
             self._watcher.join()
         with contextlib.suppress(TransportError):
@@ -322,3 +383,12 @@ class QtestWindows:
                         os.eventfd_write(fd, 1)
                 time.sleep(_LOOK_S)
         ram.close()
+
+    def _watch_line(self) -> None:
+        while self._unmasked.wait() and not self._closing.is_set():
+            with contextlib.suppress(TransportError):
+                if self.read_config(6, 2) & 8:
+                    self._unmasked.clear()
+                    self.counts[0] += 1
+                    os.eventfd_write(self._eventfds[0], 1)
+            time.sleep(_LOOK_S)

@@ -16,7 +16,7 @@ from virtio.device.blk import BlkDevice
 from virtio.device.scsi import ScsiDevice
 from virtio.errors import NoQueueError, ReadOnlyError, RequestError, RequestTimeout, TransportError
 from virtio.ring.lease import deadline_in
-from virtio.transport.pci import Pci
+from virtio.transport.pci import Pci, open_pci
 from virtio.wire.pci import Common
 from virtio.wire.sense import Sense
 from virtio.wire.virtio import Feature
@@ -32,6 +32,9 @@ DEVICES = {"blk": BlkDevice, "scsi": ScsiDevice}
 VARIANTS = {
     "modern": "disable-legacy=on",
     "transitional": "disable-legacy=off",
+    "legacy-only": "disable-legacy=off,disable-modern=on",
+    "legacy-only, event_idx=off": "disable-legacy=off,disable-modern=on,event_idx=off",
+    "legacy-only, indirect_desc=off": "disable-legacy=off,disable-modern=on,indirect_desc=off",
     "event_idx=off": "disable-legacy=on,event_idx=off",
     "indirect_desc=off": "disable-legacy=on,indirect_desc=off",
     "neither": "disable-legacy=off,event_idx=off,indirect_desc=off",
@@ -69,7 +72,7 @@ def kinds(function):
 @contextmanager
 def attached(machine, kind, *, slot=SLOT, windows=None, **options):
     """A controller on a device of the machine; `windows` instead of the machine's own."""
-    transport = Pci(windows or machine.windows(slot))
+    transport = open_pci(windows or machine.windows(slot))
     with Controller(DEVICES[kind](transport, **options), kind, deadline_in(5)) as controller:
         yield controller
 
@@ -111,6 +114,8 @@ def test_what_is_written_is_in_the_file(tmp_path, kind, variant, queues):
             assert not controller.device.indirect == ("indirect_desc=off" in VARIANTS[variant])
             assert bool(features & Feature.ACCESS_PLATFORM) == (variant == "iommu_platform")
             assert not features & Feature.RING_PACKED
+            legacy = variant.startswith("legacy")
+            assert controller.device.transport.legacy == legacy == (not features & Feature.VERSION_1)
             bdevs = list(controller.values())
             assert len(bdevs) == 1
             assert len(controller.device.leases) == queues
@@ -119,6 +124,33 @@ def test_what_is_written_is_in_the_file(tmp_path, kind, variant, queues):
             exercise(bdevs[0], path, wait="poll")
     after = open_fds()
     assert after == before
+
+
+@pytest.mark.parametrize("shift", [12, 21])
+@pytest.mark.parametrize("variant", ["modern", "legacy-only", "neither", "legacy-only, indirect_desc=off"])
+@kinds
+def test_memory_in_pages_is_as_good(tmp_path, kind, variant, shift):
+    """As it is without an IOMMU: a descriptor that went on past the end of a page would hit another."""
+    path = image(tmp_path / "disk")
+    options = VARIANTS[variant] + f",{'queue-size' if kind == 'blk' else 'virtqueue_size'}=128"
+    with Machine(QEMU, *device(kind, path, options, 2)) as machine:
+        windows = machine.windows(SLOT)
+        windows.shift = shift
+        if "legacy" in variant and shift == 12:  # a ring takes two pages
+            with pytest.raises(TransportError, match="in pieces"):
+                DEVICES[kind](open_pci(windows), pool_bytes=16 * MIB)
+            return
+        with attached(machine, kind, windows=windows, queues=2, pool_bytes=16 * MIB) as controller:
+            (bdev,) = controller.values()
+            exercise(bdev, path, wait="event")
+            exercise(bdev, path, wait="poll")
+            with bdev.open() as channel, controller.buffer(2 * MIB + 512) as buffer:
+                content = path.read_bytes()
+                with memoryview(buffer) as view, view[100 : 100 + 2 * MIB] as odd:
+                    channel.readinto(MIB, odd)  # in place, wherever pages end
+                    assert odd == content[MIB : 3 * MIB]
+                    channel.write(0, odd)
+                    assert path.read_bytes() == content[MIB : 3 * MIB] + content[2 * MIB :]
 
 
 def in_threads(bdev, path, waits):
@@ -166,6 +198,76 @@ def test_with_few_interrupt_vectors_some_are_shared_and_with_none_it_spins(tmp_p
             assert len(windows.counts) == vectors
             if vectors:
                 assert sum(windows.counts) > 0
+
+
+LEGACY = "disable-legacy=off,disable-modern=on"
+
+
+@pytest.mark.parametrize("variant", ["disable-legacy=on", LEGACY], ids=["modern", "legacy-only"])
+@kinds
+def test_without_msix_all_queues_share_the_line(tmp_path, kind, variant):
+    """PCI-23: INTx, and why it was up is in the ISR status."""
+    path = image(tmp_path / "disk")
+    with Machine(QEMU, *device(kind, path, f"{variant},vectors=0", queues=4)) as machine:
+        windows = machine.windows(SLOT)
+        windows.has_line = True
+        with attached(machine, kind, windows=windows, queues=4) as controller:
+            (bdev,) = controller.values()
+            in_threads(bdev, path, ["event"])
+            assert windows.counts[0] > 0
+            events = controller.events()
+            machine.qmp("block_resize", {"device": "d0", "size": 8 * MIB})
+            if kind == "scsi":
+                with bdev.open() as channel:
+                    channel.read(0, 512)
+            assert events.wait(10) == Resized(bdev, 4 * MIB) and bdev.size == 8 * MIB
+        assert machine.qtest.load_config(SLOT, 6, 2) & 8 == 0, "the line is down"
+
+
+LIVES = ["modern", "transitional", "legacy-only", "event_idx=off", "indirect_desc=off"]
+
+
+@pytest.mark.parametrize("queues", [1, 4])
+@pytest.mark.parametrize("variant", LIVES)
+@kinds
+def test_the_life_of_a_device(tmp_path, kind, variant, queues):
+    """BLK-5: attached, used, resized and unplugged.
+
+    Nothing tells of an unplugged device but its registers: of ports all ones, and of memory, with
+    QEMU, zeroes.
+    """
+    path = image(tmp_path / "disk")
+    options = VARIANTS[variant] + (",id=s0" if kind == "blk" else "")
+    before = open_fds()
+    with Machine(QEMU, *device(kind, path, options, queues), kind="pc") as machine:
+        windows = machine.windows(SLOT)
+        with attached(machine, kind, windows=windows, queues=queues) as controller:
+            (bdev,) = controller.values()
+            events = controller.events()
+            assert controller.device.transport.legacy == (variant == "legacy-only")
+            if queues == 4:
+                in_threads(bdev, path, ["event"])
+            else:
+                exercise(bdev, path, wait="event")
+            used = windows.counts[1 + controller.device.FIXED_QUEUES :][:queues]
+            assert len(used) == queues and all(used), "an interrupt of its own for each queue"
+            machine.qmp("block_resize", {"device": "d0", "size": 6 * MIB})
+            with bdev.open(timeout=10) as channel, bdev.open(wait="event", timeout=10) as other:
+                if kind == "scsi":
+                    channel.read(0, 512)  # maybe the first to be told
+                assert events.wait(10) == Resized(bdev, 4 * MIB)
+                channel.write(5 * MIB, b"new land" * 64)
+                assert other.read(5 * MIB, 512) == b"new land" * 64
+                assert path.read_bytes()[5 * MIB :][:512] == b"new land" * 64
+                machine.unplug("s0", SLOT)
+                start = time.monotonic()
+                for one in (channel, other):
+                    with pytest.raises(TransportError, match="is gone.*its status reads (ff|00)"):
+                        one.read(0, 512)
+                assert time.monotonic() - start < 2
+            start = time.monotonic()
+        assert time.monotonic() - start < 2
+    assert open_fds() == before
 
 
 @kinds
@@ -563,3 +665,5 @@ def test_another_device_of_the_vendor_is_told_from_ours(tmp_path):
         rng.close()
         with pytest.raises(TransportError, match="no usable common configuration structure.*legacy"):
             Pci(machine.windows(4))
+        with attached(machine, "blk", slot=4) as controller:
+            exercise(next(iter(controller.values())), path)

@@ -4,6 +4,7 @@ import fcntl
 import gc
 import mmap
 import os
+import random
 import resource
 import sys
 from pathlib import Path
@@ -111,6 +112,29 @@ def test_the_pool_gives_every_byte_to_one_at_a_time(steps):
         places = sorted((b.offset, b.offset + -(-b.nbytes // 64) * 64) for b in held)
         assert all(end <= begin for (_, end), (begin, _) in zip(places, places[1:], strict=False))
         assert pool.free_bytes == region.size - sum(end - begin for begin, end in places)
+    for buffer in held:
+        buffer.close()
+    assert pool.free_bytes == region.size
+    region.close()
+
+
+@pytest.mark.parametrize("page", [4096, 2 << 20])
+def test_what_fits_in_a_page_straddles_none(page):
+    region = Region(8 << 20)
+    pool = Pool(region, page)
+    chance = random.Random(page)
+    held = []
+    for _ in range(2000):
+        if held and chance.random() < 0.4:
+            held.pop(chance.randrange(len(held))).close()
+            continue
+        nbytes = chance.choice([20, 100, 4096, 65536, page - 64, page, page + 1])
+        try:
+            held.append(pool.take(nbytes, align=chance.choice([64, 4096])))
+        except TransportError:
+            continue
+        first, last = held[-1].offset // page, (held[-1].offset + nbytes - 1) // page
+        assert first == last if nbytes <= page else held[-1].offset % page == 0
     for buffer in held:
         buffer.close()
     assert pool.free_bytes == region.size

@@ -10,7 +10,7 @@ import pytest
 
 from tests.ring.peer import Peer
 from virtio.errors import RequestError
-from virtio.ring import requests
+from virtio.ring import requests, split
 from virtio.ring.doorbell import Doorbell
 from virtio.ring.region import Mapping, Pool, Region
 from virtio.ring.requests import (
@@ -26,6 +26,7 @@ from virtio.ring.requests import (
     Task,
     Template,
     first_bad_offset,
+    most_segments,
     queue_bytes,
 )
 
@@ -44,11 +45,13 @@ class Bench:
         self.region = Region(1 << 20)
         self.pool = Pool(self.region)
         segments = more.get("segments", 1)
-        memory = self.pool.take(queue_bytes(size, layout, segments, indirect))
+        mapping = table or Mapping.contiguous(IOVA)
+        nbytes = queue_bytes(size, layout, segments, indirect, page=1 << mapping.shift)
+        memory = self.pool.take(nbytes)
         self.queue = RequestQueue(
             memory,
             self.region.view,
-            table or Mapping.contiguous(IOVA),
+            mapping,
             size,
             layout,
             indirect=indirect,
@@ -240,6 +243,73 @@ def test_a_mapping_of_pages_gives_each_page_its_address():
     (head,) = bench.arrivals()
     body = bench.chain(head)[1:-1]
     assert body == [(0xA000_0000, 4096, WRITE), (0x5000_0000, 4096, WRITE)]
+
+
+def straddles(place, nbytes, shift):
+    return place >> shift != (place + nbytes - 1) >> shift
+
+
+@pytest.mark.parametrize("indirect", [True, False])
+@pytest.mark.parametrize("layout", [BLK, SCSI], ids=["blk", "scsi"])
+@pytest.mark.parametrize(
+    "shift, size, segments", [(12, 64, 100), (12, 128, 1), (21, 1024, 126), (21, 256, 300)]
+)
+def test_no_descriptor_straddles_two_pages(layout, shift, size, segments, indirect):
+    """The device has pages in no order: what goes on past the end of one is somebody else's memory."""
+    if not indirect:
+        segments = min(segments, 5)
+    segments = min(segments, size - 2, most_segments(layout, 1 << shift))
+    region = Region(8 << 20)
+    pool = Pool(region, 1 << shift)
+    table = array("Q", [(1 << 40) - (page << shift + 1) for page in range(region.size >> shift)])
+    pool.take(4096 * 3)
+    if size > 128:
+        pool.take((2 << 20) - 65536)  # a queue would begin shortly before the page's end
+    nbytes = queue_bytes(size, layout, segments, indirect, page=1 << shift)
+    memory = pool.take(nbytes)
+    mapping = Mapping(shift, table)
+    queue = RequestQueue(
+        memory,
+        region.view,
+        mapping,
+        size,
+        layout,
+        segments=segments,
+        indirect=indirect,
+        event_idx=False,
+    )
+    assert not straddles(memory.offset, split.areas(size)[2], shift), "the ring"
+    page = 1 << shift
+    ours = {iova: number * page for number, iova in enumerate(table)}
+    data = pool.take((segments - 1) * 4096 if segments > 1 else 512)
+    command = Template(bytes(layout.request), payload=bytes(layout.payload))
+    peer = Peer(memory.view(), size)
+    places = []
+    for slot in range(queue.slots):
+        template, moved = (READ, data.nbytes) if slot % 2 else (command, 0)
+        assert queue.submit(template, 0, moved, data.offset, slot)
+        queue.kick()
+        head = peer.head(slot)
+        chain = [peer.descriptor(head)]
+        if indirect:
+            address, length, _, _ = chain[0]
+            assert not straddles(address, length, shift), "the table"
+            at = ours[address & -page] + (address & page - 1)
+            assert memory.offset <= at <= memory.offset + nbytes - length
+            chain = [struct.unpack_from("<QIHH", region.view, at + 16 * i) for i in range(length // 16)]
+        else:
+            while chain[-1][2] & NEXT:
+                chain.append(peer.descriptor(chain[-1][3]))
+        for address, length, _, _ in chain:
+            assert not straddles(address, length, shift)
+            at = ours[address & -page] + (address & page - 1)
+            owner = memory if at >= memory.offset and at < memory.offset + nbytes else data
+            assert owner.offset <= at <= owner.offset + owner.nbytes - length
+            if owner is memory:
+                places.append((at, length))
+    places.sort()
+    assert all(a + n <= b for (a, n), (b, _) in zip(places, places[1:], strict=False))
+    region.close()
 
 
 @pytest.mark.parametrize("indirect", [True, False])

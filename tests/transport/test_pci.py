@@ -3,6 +3,7 @@
 import os
 import select
 import struct
+import threading
 import time
 from array import array
 
@@ -21,6 +22,7 @@ from virtio.ring.region import Mapping, Region
 from virtio.ring.requests import Template
 from virtio.transport.base import RingAreas, negotiate
 from virtio.transport.pci import Pci
+from virtio.transport.windows import Line
 from virtio.wire.blk import BlkFeature, config_accesses, config_span
 from virtio.wire.virtio import Feature, Status
 
@@ -35,7 +37,7 @@ class ModelWindows:
 
     name = "0000:00:04.0"
 
-    def __init__(self, device, *, translated=False, vectors=99, bars=(model.BAR,), mapping=None):
+    def __init__(self, device, *, translated=False, vectors=99, bars=(model.BAR,), mapping=None, line=False):
         self.device = device
         self.translated = translated
         self.closed = False
@@ -43,6 +45,9 @@ class ModelWindows:
         self._vectors = vectors
         self._bars = bars
         self._mapping = mapping
+        self._has_line = line
+        self.rearmed = threading.Event()
+        self.rearmed.set()
 
     def read_config(self, offset, width):
         return self.device.read_config(offset, width)
@@ -69,6 +74,24 @@ class ModelWindows:
 
     def map(self, region):
         return self._mapping or Mapping.contiguous(IOVA)
+
+    def line(self):
+        if not self._has_line:
+            return None
+        self.eventfds.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+        return Line(self.eventfds[0], self._rearm)
+
+    def raise_line(self, reasons):
+        """As the device does: its ISR status says why."""
+        assert self.rearmed.is_set()
+        self.rearmed.clear()
+        self.device.isr |= reasons
+        os.eventfd_write(self.eventfds[0], 1)
+
+    def _rearm(self):
+        os.eventfd_read(self.eventfds[0])
+        assert not self.device.isr, "it would be up again"
+        self.rearmed.set()
 
     def interrupts(self, count):
         for _ in range(min(count, self._vectors)):
@@ -372,6 +395,60 @@ def test_without_interrupts_who_would_sleep_spins(options, vectors):
                 assert readable(lease.completion_fd, 0)
                 os.eventfd_read(lease.completion_fd)
     assert device.violations == []
+
+
+def test_where_there_is_no_msix_all_queues_share_the_line():
+    """PCI-23: the ISR status says why it is up, and it is unmasked only after that."""
+    device = PciDevice(vectors=0)
+    windows = ModelWindows(device, line=True)
+    with bring_up(device, windows=windows, queues=4) as driver:
+        changed = []
+        driver.transport.on_config_change = lambda: changed.append(device.generation)
+        fds = [lease.completion_fd for lease in driver.leases]
+        for reasons in (1, 0, 3, 2):  # 0: somebody else's, on the same line
+            assert not any(readable(fd, 0) for fd in fds)
+            device.generation += reasons >> 1
+            windows.raise_line(reasons)
+            assert windows.rearmed.wait(1)
+            if reasons & 1:
+                assert all(readable(fd) for fd in fds)
+                for fd in fds:
+                    os.eventfd_read(fd)
+            assert device.isr == 0
+        assert set(changed) == {1, 2}, "and maybe more than once: nobody has read it anew"
+    assert device.violations == []
+    assert [queue.vector for queue in device.queues] == [model.NO_VECTOR] * 4
+
+
+def test_a_line_that_nobody_can_lower_is_not_asked_for():
+    caps = [cap for cap in PciDevice().default_caps() if cap.cfg_type != 3]
+    device = PciDevice(vectors=0, caps=caps)
+    with bring_up(device, windows=ModelWindows(device, line=True)) as driver:
+        assert readable(driver.leases[0].completion_fd, 0), "it is polled"
+    assert device.violations == []
+
+
+def test_a_device_that_goes_takes_its_line_along():
+    device = PciDevice(vectors=0)
+    windows = ModelWindows(device, line=True)
+    with bring_up(device, windows=windows) as driver:
+        device.gone = True
+        windows.rearmed.clear()
+        os.eventfd_write(windows.eventfds[0], 1)  # which stays up
+        assert readable(driver.life.fd)
+        with pytest.raises(TransportError, match="is gone: its status reads ff"):
+            driver.life.check()
+
+
+@pytest.mark.parametrize("status, said", [(0xFF, "is gone: its status reads ff"), (0, "reads 00")])
+def test_a_device_that_goes_is_missed(status, said):
+    """Nothing tells of it but its registers, which are looked at now and then."""
+    device = PciDevice()
+    with bring_up(device) as driver:
+        device._status = status
+        assert readable(driver.life.fd)
+        with pytest.raises(TransportError, match=said):
+            driver.life.check()
 
 
 def test_a_device_that_needs_a_reset_is_given_up():

@@ -26,7 +26,7 @@ from virtio.ring import split
 from virtio.ring.buffer import Buffer, address_of
 from virtio.ring.lease import Lease, deadline_in
 from virtio.ring.region import Pool, Region
-from virtio.ring.requests import Layout, RequestQueue, queue_bytes
+from virtio.ring.requests import ONE_PAGE, Layout, RequestQueue, most_segments, queue_bytes
 from virtio.transport.base import Link, QueuePort, RingAreas, Transport, negotiate
 from virtio.wire.virtio import Feature
 
@@ -68,6 +68,7 @@ class Device(ABC):
 
     num_queues: int  # request queues that the device has
     segments: int  # data segments of one request
+    segments_offered: int  # as many as the device takes
     segment_bytes: int  # bytes of one segment
 
     def __init__(
@@ -96,6 +97,7 @@ class Device(ABC):
         self._region: Region | None = None
         self._queues: list[RequestQueue] = []
         self._rings: list[tuple[int, int, Buffer]] = []  # of each: index, size, memory
+        self._page = ONE_PAGE  # bytes that the device has in one piece; of memory that is mapped
         self.reconnect = 0.0
         self._link = transport if isinstance(transport, Link) else None
         self._restarting = threading.RLock()  # a collector may close us amid it
@@ -106,8 +108,10 @@ class Device(ABC):
             available = self._available()
             count = self._count(available, queues, at_least)
             self._region = transport.region(pool_bytes)
-            self.pool = Pool(self._region)
             self._mapping = transport.map(self._region)
+            self._page = 1 << self._mapping.shift
+            self.pool = Pool(self._region, self._page)
+            self._limit_segments(self.segments_offered, self.segment_bytes)
             try:
                 for index in range(self.FIXED_QUEUES):
                     self._set_up_fixed(index)
@@ -168,10 +172,28 @@ class Device(ABC):
 
     def _limit_segments(self, segments: int, segment_bytes: int) -> None:
         """Set what one request may hold, within the device's limits and the queue's."""
+        self.segments_offered = segments
         enough = MAX_TRANSFER if self.indirect else _DIRECT_TRANSFER
         self.segment_bytes = min(segment_bytes, MAX_TRANSFER)
         useful = -(-enough // self.segment_bytes)
+        if self._page != ONE_PAGE:
+            useful += -(-enough // self._page)  # one more wherever the data goes on in another page
+            if self.indirect:
+                segments = min(segments, most_segments(self.LAYOUT, self._page))
         self.segments = max(1, min(segments, useful, self.queue_size - 2))
+
+    @property
+    def most_bytes(self) -> int:
+        """How many bytes of data fit in a request wherever they are in the memory."""
+        piece = min(self.segment_bytes, self._page)
+        if self._page == ONE_PAGE:
+            return self.segments * piece
+        if self.segments == 1:
+            return min(piece, 4096)  # if they are aligned, too
+        if piece == self._page:
+            return max(1, self.segments - 1) * piece  # they may begin and end amid a page
+        fitting = (n for n in range(self.segments, 1, -1) if n + -(-n * piece // self._page) <= self.segments)
+        return next(fitting, 1) * piece
 
     def _set_up_fixed(self, index: int) -> None:
         """Set up one of the queues before the request queues."""
@@ -184,7 +206,9 @@ class Device(ABC):
     def _request_queue(self, index: int, layout: Layout, segments: int, segment_bytes: int) -> Lease:
         assert self._region is not None
         size = self._fitting(index)
-        memory = self.pool.take(queue_bytes(size, layout, segments, self.indirect))
+        memory = self.pool.take(
+            queue_bytes(size, layout, segments, self.indirect, align=self._align, page=self._page)
+        )
         queue = RequestQueue(
             memory,
             self._region.view,
@@ -196,6 +220,7 @@ class Device(ABC):
             indirect=self.indirect,
             event_idx=self._event_idx,
             number=index,
+            align=self._align,
         )
         self._queues.append(queue)
         port = self._connect(index, size, memory)
@@ -209,22 +234,29 @@ class Device(ABC):
         assert self._region is not None
         if all(index != known for known, _, _ in self._rings):
             self._rings.append((index, size, memory))
-        available, used, _ = split.areas(size)
+        available, used, _ = split.areas(size, self._align)
         at = memory.offset
         return self.transport.setup_queue(
             index, RingAreas(self._region, size, at, at + available, at + used), 0
         )
 
     @property
+    def _align(self) -> int:
+        """Of the used rings."""
+        return split.LEGACY_ALIGN if self.transport.legacy else split.ALIGN
+
+    @property
     def _event_idx(self) -> bool:
         return bool(self.features & Feature.EVENT_IDX)
 
     def _fitting(self, index: int) -> int:
-        """The size of a queue: what was asked for, unless the device takes less."""
+        """The size of a queue: what was asked for, unless the device takes less, or that size alone."""
         largest = self.transport.largest_queue(index)
         if largest == 0:
             raise TransportError(errno.ENODEV, f"{self.transport.address} has no queue {index}")
-        return self.queue_size if largest is None else min(self.queue_size, largest)
+        if largest is None:
+            return self.queue_size
+        return largest if self.transport.legacy else min(self.queue_size, largest)
 
     # Starting again.
 

@@ -151,7 +151,7 @@ class BlkDevice(Device):
             block_size=block,
             read_only=bool(self.features & BlkFeature.RO),
             limits=Limits(
-                max_transfer=self.segments * self.segment_bytes // block * block,
+                max_transfer=self.most_bytes // block * block,
                 max_unmap=unmap,
                 unmap_alignment=(config.discard_sector_alignment or 0) * SECTOR_SIZE,
                 max_write_zeroes=zeroes,

@@ -41,12 +41,12 @@ class EventQueue:
         life: Life,
         *,
         event_idx: bool,
+        align: int = split.ALIGN,
     ) -> None:
         self._memory = memory
         self._life = life
-        self._step = _step(event_bytes)
-        self._first = split.areas(size)[2]
-        self._ring = split.SplitRing(memory.view()[: self._first], size, event_idx=event_idx)
+        self._first, self._step = _shape(size, event_bytes, align)
+        self._ring = split.SplitRing(memory.view()[: self._first], size, event_idx=event_idx, align=align)
         self._doorbell = Doorbell()
         self._fd = -1
         self._timer: control.Timer | None = None
@@ -126,10 +126,14 @@ class EventQueue:
         return event if self._ring.used_length >= _NBYTES else None
 
 
-def event_queue_bytes(size: int, event_bytes: int) -> int:
+def event_queue_bytes(size: int, event_bytes: int, align: int = split.ALIGN) -> int:
     """How much shared memory an event queue takes."""
-    return split.areas(size)[2] + min(size, BUFFERS) * _step(event_bytes)
+    first, step = _shape(size, event_bytes, align)
+    return first + min(size, BUFFERS) * step
 
 
-def _step(event_bytes: int) -> int:
-    return -(-min(max(event_bytes, _NBYTES), _MOST_NBYTES) // 64) * 64
+def _shape(size: int, event_bytes: int, align: int) -> tuple[int, int]:
+    """Where the buffers begin, and from one to the next: none of them straddles two pages."""
+    nbytes = min(max(event_bytes, _NBYTES), _MOST_NBYTES)
+    step = max(64, 1 << (nbytes - 1).bit_length())
+    return -(-split.areas(size, align)[2] // step) * step, step

@@ -74,7 +74,7 @@ class ScsiDevice(Device):
             )
         # A unit takes so many commands over all queues: each queue needs one at least (5.6.4).
         self.num_queues = min(config.num_queues, max(1, config.cmd_per_lun))
-        self._limit_segments(1, MAX_TRANSFER)
+        self._limit_segments(config.seg_max or 1, MAX_TRANSFER)
         self.units: dict[tuple[int, int], Unit] = {}
         self._disks: dict[tuple[int, int], Disk] = {}
         self._finding = threading.Lock()  # held while these two change
@@ -94,8 +94,16 @@ class ScsiDevice(Device):
             self._control = self._request_queue(index, CONTROL_LAYOUT, 1, 1)
             return
         size, nbytes = self._fitting(index), self.config.event_info_size
-        memory = self.pool.take(event_queue_bytes(size, nbytes))
-        self._events = EventQueue(memory, self._mapping, size, nbytes, self.life, event_idx=self._event_idx)
+        memory = self.pool.take(event_queue_bytes(size, nbytes, self._align))
+        self._events = EventQueue(
+            memory,
+            self._mapping,
+            size,
+            nbytes,
+            self.life,
+            event_idx=self._event_idx,
+            align=self._align,
+        )
         self._event_port = self._connect(index, size, memory)
 
     def _set_up_requests(self, index: int) -> Lease:
@@ -185,7 +193,7 @@ class ScsiDevice(Device):
             self._disks.pop(at, None)
         elif unit != before or at not in self._disks:
             doubted = functools.partial(weakly(self._doubted), at)
-            self._disks[at] = make_disk(target, unit, self.config, self._depth, doubted)
+            self._disks[at] = make_disk(target, unit, self.config, self._depth, self.most_bytes, doubted)
 
     def _known(self, target: int) -> list[int]:
         return [lun for number, lun in self.units if number == target]

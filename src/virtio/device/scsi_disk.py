@@ -43,9 +43,11 @@ def make_disk(
     unit: Unit,
     config: ScsiConfig,
     depth: int,
+    most: int,
     doubted: Callable[[Doubt], None],
 ) -> Disk:
-    """The disk that a unit without a problem is; at most `depth` requests are to be in a queue.
+    """The disk that a unit without a problem is; at most `depth` requests are to be in a queue, and `most`
+    bytes in a request.
 
     `doubted` is called when a response makes doubtful what is known of the unit.
 
@@ -57,7 +59,7 @@ def make_disk(
     lun, shift = unit.lun, block.bit_length() - 1
     address = encode_lun(target, lun)
     wide = blocks > 1 << 32
-    limit = min(MAX_TRANSFER, config.max_sectors * _SECTOR or MAX_TRANSFER)
+    limit = min(most, config.max_sectors * _SECTOR or most)
     if unit.limits.max_transfer:
         limit = min(limit, unit.limits.max_transfer * block)
     if not wide:
@@ -92,7 +94,7 @@ def make_disk(
             unmap_alignment=unit.limits.unmap_granularity * block,
             unmap_start=unit.limits.unmap_alignment * block,
             max_write_zeroes=max_same * block,
-            max_compare_and_write=min(unit.limits.max_compare_and_write * block, MAX_TRANSFER // 2),
+            max_compare_and_write=min(unit.limits.max_compare_and_write * block, most // 2),
             depth=depth,
         ),
         read=command(address, read(0, 0), FROM_DEVICE, extent),

@@ -60,6 +60,15 @@ cdef extern from * nogil:
     static inline uint32_t vr_swap32(vr_mem m, size_t o, uint32_t v) {
         return __atomic_exchange_n(VR(uint32_t, m, o), v, __ATOMIC_ACQ_REL); }
     static inline void vr_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+    static inline void vr_device_fence(void) {
+    #if defined(__x86_64__)
+        __asm__ __volatile__("sfence" ::: "memory");
+    #elif defined(__aarch64__)
+        __asm__ __volatile__("dmb oshst" ::: "memory");
+    #else
+        __sync_synchronize();
+    #endif
+    }
     static inline void vr_copy(vr_mem to, size_t t, vr_mem from, size_t f, size_t n) {
         memcpy(vr_at(to, t, n), vr_at(from, f, n), n); }
     static inline void vr_fill(vr_mem m, size_t o, int v, size_t n) { memset(vr_at(m, o, n), v, n); }
@@ -84,6 +93,7 @@ cdef extern from * nogil:
     void store_release_u32 "vr_st32_rel"(Mem mem, size_t offset, uint32_t value) noexcept
     uint32_t swap_u32 "vr_swap32"(Mem mem, size_t offset, uint32_t value) noexcept
     void full_fence "vr_fence"() noexcept
+    void device_fence "vr_device_fence"() noexcept
     void copy "vr_copy"(Mem to, size_t to_offset, Mem source, size_t offset, size_t nbytes) noexcept
     void fill "vr_fill"(Mem mem, size_t offset, int value, size_t nbytes) noexcept
 

@@ -104,6 +104,11 @@ def full_fence() -> None:
         pass
 
 
+def device_fence() -> None:
+    """What was stored before is there for a device too, before it sees what is stored after."""
+    full_fence()
+
+
 def copy(to: Mem, to_offset: int, source: Mem, offset: int, nbytes: int) -> None:
     to[to_offset : to_offset + nbytes] = source[offset : offset + nbytes]
 

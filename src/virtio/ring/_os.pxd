@@ -1,6 +1,6 @@
-"""The clock, the spin hint, eventfds and mappings; `_os.py` is the interpreted twin."""
+"""The clock, the spin hint, eventfds, mappings, registers in files; `_os.py` is the interpreted twin."""
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 
 from virtio.ring._mem cimport Mem
 
@@ -53,9 +53,17 @@ cdef extern from * nogil:
         madvise(at.base, at.size, 10);  /* MADV_DONTFORK */
         return 0;
     }
+    static inline int vr_write_at(int fd, uint64_t offset, uint32_t value, int width) {
+        uint16_t narrow = (uint16_t)value;
+        ssize_t done;
+        do done = pwrite(fd, width == 2 ? (void *)&narrow : (void *)&value, width, (off_t)offset);
+        while (done < 0 && errno == EINTR);
+        return done == width ? 0 : done < 0 ? errno : EIO;
+    }
     """
     uint64_t now_ns "vr_now_ns"() noexcept
     uint64_t ticks "vr_ticks"() noexcept
     void relax "vr_relax"() noexcept
     int signal_eventfd "vr_signal_eventfd"(int fd) noexcept
     int replace_mapping "vr_replace_mapping"(Mem at, int fd, Mem fresh, int fresh_fd) noexcept
+    int write_at "vr_write_at"(int fd, uint64_t offset, uint32_t value, int width) noexcept

@@ -1,4 +1,4 @@
-"""The clock, the spin hint, eventfds and mappings; `_os.pxd` is the compiled twin, which needs no GIL."""
+"""The clock, the spin hint, eventfds, mappings, registers in files; `_os.pxd` is the twin without the GIL."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import errno
 import mmap
 import os
+import sys
 import time
 
 from virtio.ring import eventfd
@@ -62,3 +63,12 @@ def replace_mapping(at: Mem, fd: int, fresh: Mem, fresh_fd: int) -> int:
         return ctypes.get_errno()
     libc.madvise(where, size, mmap.MADV_DONTFORK)
     return 0
+
+
+def write_at(fd: int, offset: int, value: int, width: int) -> int:
+    """Write a number of `width` bytes in one piece, in the machine's byte order; 0, or the errno."""
+    try:
+        done = os.pwrite(fd, value.to_bytes(width, sys.byteorder), offset)
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0 if done == width else errno.EIO

@@ -23,7 +23,8 @@ _ADD_SEALS = 1033  # F_ADD_SEALS; `fcntl` has it by name from 3.12 on
 class Mapping(NamedTuple):
     """Where a region is for the device: page number `i` of it is at `table[i]` (an IOVA).
 
-    A region that is contiguous there has one page, of `1 << shift` bytes, and one entry.
+    A region that is contiguous there has one page, of `1 << shift` bytes, and one entry. Pages are of
+    4096 bytes or more.
     """
 
     shift: int
@@ -132,10 +133,15 @@ def _map(nbytes: int) -> tuple[int, mmap.mmap, bool]:
 
 
 class Pool:
-    """Lends out the bytes of one region; first fit, for set-up and buffers, not for requests."""
+    """Lends out the bytes of one region; first fit, for set-up and buffers, not for requests.
 
-    def __init__(self, region: Region) -> None:
+    Where the device has it in pages of `page` bytes, what fits in one straddles none, and what does not
+    begins with one.
+    """
+
+    def __init__(self, region: Region, page: int = 1 << 62) -> None:
         self.region = region
+        self.page = page
         self._lock = threading.Lock()
         self._free = [(0, region.size)]  # (offset, end), sorted, never adjacent
         self._returned: deque[tuple[int, int]] = deque()  # a collector may return one at any moment
@@ -157,6 +163,8 @@ class Pool:
             self._merge()
             for i, (start, end) in enumerate(self._free):
                 offset = -(-start // align) * align
+                if offset // self.page != (offset + nbytes - 1) // self.page:
+                    offset = -(-offset // self.page) * self.page
                 if offset + _room(nbytes) <= end:
                     pieces = [(start, offset), (offset + _room(nbytes), end)]
                     self._free[i : i + 1] = [piece for piece in pieces if piece[0] < piece[1]]

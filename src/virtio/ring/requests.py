@@ -91,6 +91,8 @@ _PATCH = 10  # a packed patch: source, offset, width, big-endian, shift; 16 bits
 _CLOCK_EVERY = 64  # spins between two looks at the clock
 _ROUNDS = 8  # rounds that moved something: each may copy megabytes
 
+ONE_PAGE = 1 << 62  # more than there is: memory in one piece for the device
+
 _keys = itertools.count(1)
 
 
@@ -336,26 +338,59 @@ def _first_bad(offsets: Mem, count: int, last: int, grid: int) -> int:
     return -1
 
 
-def queue_bytes(size: int, layout: Layout, segments: int, indirect: bool) -> int:
-    """How much shared memory a request queue of `size` descriptors takes."""
-    stride, _, _, slots = _shape(size, layout, segments, indirect)
-    return _split.areas(size)[2] + stride * slots
+def queue_bytes(
+    size: int,
+    layout: Layout,
+    segments: int,
+    indirect: bool,
+    *,
+    align: int = _split.ALIGN,
+    page: int = ONE_PAGE,
+) -> int:
+    """How much shared memory a request queue of `size` descriptors takes.
+
+    Where the device has it in pages of `page` bytes, as a `Pool` of such pages lends it.
+    """
+    first, stride, _, _, slots = _shape(size, layout, segments, indirect, align, page)
+    return first + stride * slots
+
+
+def most_segments(layout: Layout, page: int) -> int:
+    """How many data segments a request may have so that its slot fits in a page."""
+    table = _slot(layout)[1]
+    return max(0, min((page - table) // 16 - 2, 1 << 16))
 
 
 def _up(value: int, align: int) -> int:
     return (value + align - 1) & ~(align - 1)
 
 
-def _shape(size: int, layout: Layout, segments: int, indirect: bool) -> tuple[int, int, int, int]:
-    """Of a slot: its bytes, where its response and its table begin, and the number of slots."""
+def _slot(layout: Layout) -> tuple[int, int]:
+    """Where in a slot its response and its table begin."""
     # What the device writes has cache lines of its own; an 8-byte result is aligned.
     response = _up(layout.request + layout.payload, 64) + -layout.result_offset % 8
-    table = _up(response + layout.response, 64)
+    return response, _up(response + layout.response, 64)
+
+
+def _shape(
+    size: int, layout: Layout, segments: int, indirect: bool, align: int, page: int
+) -> tuple[int, int, int, int, int]:
+    """Where the slots begin; of one its bytes, where its response and its table begin; their number.
+
+    A descriptor covers memory in one piece: in pages, no slot straddles two.
+    """
+    response, table = _slot(layout)
     stride = _up(table + (2 + segments) * 16, 64) if indirect else table
+    first = _split.areas(size, align)[2]
+    if page != ONE_PAGE:
+        stride = 1 << (stride - 1).bit_length()
+        first = _up(first, stride)
+        if stride > page:
+            raise RequestError(f"a request of {segments} segments does not fit in a page of {page} bytes")
     slots = size if indirect else size // (2 + segments)
     if slots == 0 or 2 + segments > size:
         raise RequestError(f"a queue of {size} descriptors has no room for a request of {2 + segments}")
-    return stride, response, table, slots
+    return first, stride, response, table, slots
 
 
 class RequestQueue:
@@ -383,15 +418,19 @@ class RequestQueue:
         indirect: bool,
         event_idx: bool,
         number: int = 0,
+        align: int = _split.ALIGN,
     ) -> None:
-        """`memory` is `queue_bytes(...)` of `region`; data segments are at most `segment_bytes`.
+        """`memory` is `queue_bytes(...)` of `region`; data segments are at most `segment_bytes`, and the
+        used ring begins at a multiple of `align`.
 
         Queues of one device with different numbers give their requests different tags.
         """
-        stride, response, table, slots = _shape(size, layout, segments, indirect)
-        end = _split.areas(size)[2]
+        first, stride, response, table, slots = _shape(
+            size, layout, segments, indirect, align, 1 << mapping.shift
+        )
+        end = _split.areas(size, align)[2]
         self._buffer: Buffer | None = memory  # keeps the region's bytes lent
-        self.ring = SplitRing(memory.view()[:end], size, event_idx=event_idx)
+        self.ring = SplitRing(memory.view()[:end], size, event_idx=event_idx, align=align)
         self.slots = slots
         self.segments, self.segment_bytes = segments, segment_bytes
         self.indirect = indirect
@@ -406,7 +445,7 @@ class RequestQueue:
         self._iovas = window(mapping.table)
         self._shift = mapping.shift
         self._page_mask = (1 << mapping.shift) - 1
-        self._slots_at = memory.offset + end
+        self._slots_at = memory.offset + first
         self._stride, self._response_at, self._table_at = stride, response, table
         self._result_at = response + layout.result_offset
         self._result_mask = layout.result_mask

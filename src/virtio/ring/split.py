@@ -34,13 +34,14 @@ _NO_NOTIFY = 1  # VIRTQ_USED_F_NO_NOTIFY (2.7.8)
 _EMPTY, _BROKEN = -1, -2
 
 NEXT, WRITE, INDIRECT = 1, 2, 4  # descriptor flags (2.7.5)
+ALIGN, LEGACY_ALIGN = 64, 4096  # of the used ring: ours, and the only one before version 1 (2.7.2)
 
 
 def _up(value: int, align: int) -> int:
     return (value + align - 1) & ~(align - 1)
 
 
-def areas(size: int, align: int = 64) -> tuple[int, int, int]:
+def areas(size: int, align: int = ALIGN) -> tuple[int, int, int]:
     """Offsets of the available ring, of the used ring and of the end, for `size` descriptors.
 
     The descriptor table is at 0. An `align` of 64 keeps what the driver writes and what the device
@@ -56,9 +57,9 @@ def areas(size: int, align: int = 64) -> tuple[int, int, int]:
 class SplitRing:
     """The driver's half of one split virtqueue; one thread at a time, which its owner sees to."""
 
-    def __init__(self, memory: memoryview, size: int, *, event_idx: bool) -> None:
-        """`memory` is the three areas as `areas(size)` lays them out; the ring clears it."""
-        self._avail, self._used, end = areas(size)
+    def __init__(self, memory: memoryview, size: int, *, event_idx: bool, align: int = ALIGN) -> None:
+        """`memory` is the three areas as `areas(size, align)` lays them out; the ring clears it."""
+        self._avail, self._used, end = areas(size, align)
         if len(memory) < end:
             raise ValueError(f"{len(memory)} bytes are too few for a ring of {size}: want {end}")
         self._view = memory

@@ -19,13 +19,21 @@ if TYPE_CHECKING:
 RING_FEATURES = Feature.INDIRECT_DESC | Feature.EVENT_IDX
 # And those that a transport may have use for, whatever the device.
 TRANSPORT_FEATURES = (
-    Feature.ACCESS_PLATFORM | Feature.ORDER_PLATFORM | Feature.NOTIF_CONFIG_DATA | Feature.RING_RESET
+    Feature.ANY_LAYOUT
+    | Feature.ACCESS_PLATFORM
+    | Feature.ORDER_PLATFORM
+    | Feature.NOTIF_CONFIG_DATA
+    | Feature.RING_RESET
 )
 
 
 class RingAreas(NamedTuple):
     """The areas of one split ring, as offsets in a region that was mapped: each transport has its
-    own addresses for them."""
+    own addresses for them.
+
+    For a legacy device they begin at a multiple of 4096, and so does the used ring; their size is
+    exactly what the device says (2.7.2).
+    """
 
     region: Region
     size: int
@@ -57,6 +65,7 @@ class Transport(Protocol):
     max_queues: int | None  # None: the transport sets no limit
     resets: bool  # whether after `renew` the device surely knows nothing of requests that it had
     has_config: bool  # whether `read_config` works
+    legacy: bool  # older than version 1: no FEATURES_OK, and rings as `RingAreas` says
 
     def reset(self) -> None: ...
     def status(self) -> Status: ...
@@ -64,7 +73,7 @@ class Transport(Protocol):
     def offered(self) -> int: ...
     def accept(self, features: int) -> None: ...
     def read_config(self, nbytes: int, fields: Sequence[ConfigField]) -> bytes: ...
-    def largest_queue(self, index: int) -> int | None: ...  # None: the device does not say
+    def largest_queue(self, index: int) -> int | None: ...  # None: it does not say; legacy: exact
     def region(self, nbytes: int) -> Region: ...  # memory that this device can be shown
     def map(self, region: Region) -> Mapping: ...
     def setup_queue(self, index: int, areas: RingAreas, base: int) -> QueuePort: ...
@@ -108,6 +117,8 @@ def negotiate(transport: Transport, device: type[enum.IntFlag], wanted: int, nee
     own = (RING_FEATURES | TRANSPORT_FEATURES) & transport.allowed | transport.required
     accepted = offered & (wanted | own)
     transport.accept(accepted)
+    if transport.legacy:  # nobody asks it whether that will do (3.1.2)
+        return accepted
     status |= Status.FEATURES_OK
     transport.set_status(status)
     if not transport.status() & Status.FEATURES_OK:

@@ -66,6 +66,7 @@ class VhostUser:
 
     allowed = int(Feature.INDIRECT_DESC | Feature.EVENT_IDX | Feature.ORDER_PLATFORM)
     required = int(Feature.VERSION_1)
+    legacy = False
 
     def __init__(self, path: str, timeout: float = 5.0) -> None:
         """Connect and learn what the back end can do; each wait is bounded by `timeout` seconds.

@@ -62,6 +62,27 @@ class Common:
     QUEUE_RESET = Register(58, 2)
 
 
+class Legacy:
+    """The registers of the legacy interface, in the I/O ports of BAR 0 (4.1.4.10).
+
+    The device's own configuration is after them: after the vectors too while MSI-X is enabled.
+    """
+
+    DEVICE_FEATURES = Register(0, 4)
+    DRIVER_FEATURES = Register(4, 4)
+    QUEUE_ADDRESS = Register(8, 4)  # in pages of `PAGE` bytes; 0: the queue is not in use
+    QUEUE_SIZE = Register(12, 2)
+    QUEUE_SELECT = Register(14, 2)
+    QUEUE_NOTIFY = Register(16, 2)
+    DEVICE_STATUS = Register(18, 1)
+    ISR_STATUS = Register(19, 1)
+    BYTES = 20
+    CONFIG_MSIX_VECTOR = Register(20, 2)
+    QUEUE_MSIX_VECTOR = Register(22, 2)
+    BYTES_WITH_VECTORS = 24
+    PAGE = 4096
+
+
 class Bar(NamedTuple):
     """A base address register that is not reserved; `address` is 0 as long as nobody gave it one."""
 
