@@ -146,11 +146,11 @@ def test_memory_in_pages_is_as_good(tmp_path, kind, variant, shift):
             exercise(bdev, path, wait="poll")
             with bdev.open() as channel, controller.buffer(2 * MIB + 512) as buffer:
                 content = path.read_bytes()
-                with memoryview(buffer) as view, view[100 : 100 + 2 * MIB] as odd:
-                    channel.readinto(MIB, odd)  # in place, wherever pages end
-                    assert odd == content[MIB : 3 * MIB]
-                    channel.write(0, odd)
-                    assert path.read_bytes() == content[MIB : 3 * MIB] + content[2 * MIB :]
+                odd = buffer.view()[100 : 100 + 2 * MIB]
+                channel.readinto(MIB, odd)  # in place, wherever pages end
+                assert odd == content[MIB : 3 * MIB]
+                channel.write(0, odd)
+                assert path.read_bytes() == content[MIB : 3 * MIB] + content[2 * MIB :]
 
 
 def in_threads(bdev, path, waits):
@@ -245,12 +245,16 @@ def test_the_life_of_a_device(tmp_path, kind, variant, queues):
             (bdev,) = controller.values()
             events = controller.events()
             assert controller.device.transport.legacy == (variant == "legacy-only")
-            if queues == 4:
-                in_threads(bdev, path, ["event"])
-            else:
-                exercise(bdev, path, wait="event")
-            used = windows.counts[1 + controller.device.FIXED_QUEUES :][:queues]
-            assert len(used) == queues and all(used), "an interrupt of its own for each queue"
+            first = 1 + controller.device.FIXED_QUEUES
+            end = time.monotonic() + 10
+            used = [0] * queues  # interrupts of each queue; who looks is sometimes faster
+            while not all(used) and time.monotonic() < end:
+                if queues == 4:
+                    in_threads(bdev, path, ["event"])
+                else:
+                    exercise(bdev, path, wait="event")
+                used = windows.counts[first:][:queues]
+            assert len(used) == queues and all(used)
             machine.qmp("block_resize", {"device": "d0", "size": 6 * MIB})
             with bdev.open(timeout=10) as channel, bdev.open(wait="event", timeout=10) as other:
                 if kind == "scsi":
@@ -282,8 +286,10 @@ def test_each_queue_interrupts_by_its_own_vector(tmp_path, kind):
                 lease = channel._lease
                 number = controller.device.leases.index(lease)
                 before = list(windows.counts)
-                for at in range(50):
-                    channel.read(at * 512, 512)
+                end = time.monotonic() + 10
+                while windows.counts[first + number] == before[first + number] and time.monotonic() < end:
+                    for at in range(50):
+                        channel.read(at * 512, 512)
                 gained = [after - old for after, old in zip(windows.counts, before, strict=True)]
         assert gained.pop(first + number) > 0  # how many depends on who was faster
         assert not any(gained)
