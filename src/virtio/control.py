@@ -103,6 +103,7 @@ class _Loop:
 
 _lock = threading.RLock()  # held while a callback runs, and to look at `_loop`
 _loop: _Loop | None = None
+_ended: _Loop | None = None  # the last one that was told to end
 
 
 def watch(fd: int, events: int, callback: Callback) -> None:
@@ -129,6 +130,7 @@ def unwatch(fd: int) -> None:
             with contextlib.suppress(OSError):  # it never came to be watched
                 _loop.epoll.unregister(fd)
             idle = _idle()
+        idle = idle or _ended  # by itself, perhaps: in a callback that has unwatched this descriptor
     if idle is not None:
         idle.join()
 
@@ -171,10 +173,11 @@ def _running() -> _Loop:
 
 def _idle() -> _Loop | None:
     """The loop, if nobody needs it any more, told to end; for who holds the lock to join after that."""
-    global _loop
+    global _loop, _ended
     idle = None
     if _loop is not None and not _loop.callbacks and not _loop.timers:
         idle, _loop = _loop, None
+        _ended = idle
         idle.stop()
     return idle
 
@@ -185,8 +188,9 @@ def _cannot(error: Exception) -> TransportError:
 
 
 def _after_fork_in_child() -> None:
-    global _loop, _lock
+    global _loop, _ended, _lock
     _lock = threading.RLock()
+    _ended = None
     if _loop is not None:
         _loop.close()
         _loop = None

@@ -103,9 +103,12 @@ class Bdev:
         self.throttle = Throttle(limits) if any(limits) else None
         self.geometry.limited = self.throttle is not None
 
-    def reset_stats(self) -> None:
-        """Begin to count anew; requests that end at this moment may count as before or after."""
-        self._account.reset()
+    def reset_stats(self, *, counts: bool = True, extremes: bool = True, failures: bool = True) -> None:
+        """Begin to count anew: requests, bytes and their time; the longest and shortest; failures.
+
+        Requests that end at this moment may count as before or after.
+        """
+        self._account.reset(counts, extremes, failures)
 
     @property
     def size(self) -> int:

@@ -57,9 +57,9 @@ class Account:
                 stats.on = counts
                 stats.enable_histogram(histogram)
 
-    def reset(self) -> None:
+    def reset(self, counts: bool, extremes: bool, failures: bool) -> None:
         for stats in self._all():
-            stats.reset()
+            stats.reset(counts=counts, extremes=extremes, failures=failures)
 
     def stats(self) -> IoStats:
         return _sum(self._all())

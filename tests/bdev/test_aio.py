@@ -6,6 +6,7 @@ import functools
 import gc
 import os
 import random
+import socket
 import threading
 import time
 
@@ -375,3 +376,22 @@ async def test_events_are_awaited_and_end_with_the_controller():
             assert type(await forgotten).__name__ == "Added"
             assert threading.active_count() <= threads + 1  # of the executor that the test itself uses
         await watcher
+
+
+def test_ten_that_never_answer_take_as_long_as_one(tmp_path):
+    """Attaching is under way for all of them at the same time."""
+
+    async def main():
+        with contextlib.ExitStack() as stack:
+            paths = [str(tmp_path / str(number)) for number in range(10)]
+            for path in paths:
+                silent = stack.enter_context(socket.socket(socket.AF_UNIX))
+                silent.bind(path)
+                silent.listen()
+            begun = time.monotonic()
+            attaching = (aio.attach(f"user:{path}", timeout=1.0) for path in paths)
+            failures = await asyncio.gather(*attaching, return_exceptions=True)
+            assert all(isinstance(failure, RequestTimeout) for failure in failures)
+            assert time.monotonic() - begun < 5
+
+    asyncio.run(main())

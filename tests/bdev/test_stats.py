@@ -31,8 +31,12 @@ def test_calls_batches_and_single_requests_are_counted(controller, bdev, channel
     for counts in stats[:3]:
         assert 0 < counts.shortest_ns <= counts.longest_ns <= counts.total_ns < 60e9
     assert bdev.queue_stats == [stats]
+    bdev.reset_stats(counts=False, failures=False)
+    assert bdev.stats.read == stats.read._replace(longest_ns=0, shortest_ns=0)
+    channel.read(0, 4096)
+    assert 0 < bdev.stats.read.shortest_ns == bdev.stats.read.longest_ns
     bdev.reset_stats()
-    assert bdev.stats.read.requests == 0 == bdev.stats.read.longest_ns
+    assert bdev.stats.read == (0, 0, 0, 0, 0)
 
 
 def test_a_slow_disk_is_seen_to_be_slow():

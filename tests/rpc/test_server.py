@@ -65,11 +65,11 @@ def test_what_is_no_request_is_told_so(daemon, message):
 
 
 def test_a_call_that_waits_holds_up_nobody_not_even_its_own_client(daemon):
-    waiting = request(1, "bdev_get_bdevs", name="later", timeout=2000)
+    waiting = request(1, "bdev_get_bdevs", name="later", timeout=500)
     begun = time.monotonic()
     first, second = answers(daemon, waiting, request(2))
     assert (first["id"], second["id"]) == (2, 1)
-    assert second["error"]["code"] == -110 and 1.9 < time.monotonic() - begun < 10
+    assert second["error"]["code"] == -110 and 0.45 < time.monotonic() - begun < 10
 
 
 def test_a_client_that_reads_nothing_stops_only_itself(daemon):
@@ -95,7 +95,7 @@ def test_random_bytes_and_odd_requests_do_no_harm(daemon):
     chance = random.Random(1)
     methods = ["bdev_get_bdevs", "load_config", "bdev_virtio_attach_controller", "log_set_level", "x"]
     odd = [None, -1, 1e300, "", "\0", [], {}, [[]], {"name": None}, {"timeout": -1}, True, 1 << 70]
-    end = time.monotonic() + 3
+    end = time.monotonic() + 1.5
     while time.monotonic() < end:
         kind = chance.randrange(3)
         if kind == 0:

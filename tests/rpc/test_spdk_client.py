@@ -148,6 +148,8 @@ def test_iostat_and_histogram_have_the_shape_of_spdks(client, blk):
     one = client.call("bdev_get_iostat", {"names": ["VirtioBlk0"], "per_channel": True})
     assert one["name"] == "VirtioBlk0" and one["channels"] == []
     assert client.call("bdev_reset_iostat", {"name": "VirtioBlk0"}) is True
+    assert client.call("bdev_reset_iostat", {"mode": "maxmin"}) is True
+    assert shape(client.call("bdev_get_iostat", {"reset_mode": "error"})) == shape(recorded)
     with pytest.raises(JSONRPCException, match="no histogram is kept"):
         client.call("bdev_get_histogram", {"name": "VirtioBlk0"})
     assert client.call("bdev_enable_histogram", {"name": "VirtioBlk0", "enable": True}) is True

@@ -285,17 +285,23 @@ class Device(ABC):
     @contextlib.contextmanager
     def _starting(self, plight: str) -> Iterator[None]:
         """One at a time; what goes wrong ends the device."""
+        with self.steady():
+            try:
+                yield
+            except VirtioError as error:
+                words = f"{self.transport.address} {plight}: {error}"
+                self.life.end(TransportError(getattr(error, "errno", None) or errno.EIO, words))
+                self.life.check()
+
+    @contextlib.contextmanager
+    def steady(self) -> Iterator[None]:
+        """Keep the device from being started again meanwhile; for who speaks with its transport."""
         try:
             with self._restarting:
                 self.life.check()
-                try:
-                    yield
-                except VirtioError as error:
-                    words = f"{self.transport.address} {plight}: {error}"
-                    self.life.end(TransportError(getattr(error, "errno", None) or errno.EIO, words))
-                    self.life.check()
+                yield
         finally:
-            if self.away is not None:  # again, and nobody has seen to it
+            if self.away is not None:  # it left meanwhile, and nobody has seen to it
                 self._gone(self.away)
 
     @contextlib.contextmanager

@@ -172,7 +172,8 @@ class BlkDevice(Device):
 
     def _resize(self) -> None:
         """The configuration has changed: of what may change in it, the capacity matters (5.2.5.1)."""
-        capacity = self._read_config().capacity
+        with self.steady():
+            capacity = self._read_config().capacity
         if capacity * SECTOR_SIZE > _MAX_BYTES:
             raise ProtocolError(f"{self.transport.address} claims {capacity} sectors: too many")
         self.config = dataclasses.replace(self.config, capacity=capacity)

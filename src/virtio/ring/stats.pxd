@@ -9,6 +9,7 @@ from virtio.ring._os cimport now_ns, ticks
 
 cdef int _GRANULARITY
 cdef int _FIELDS
+cdef uint64_t _NEVER
 cdef size_t _OPS, _BYTES, _TOTAL, _MAX, _MIN, _BYTES_OF_KIND, _LINE
 
 

@@ -33,6 +33,7 @@ _FIELDS = 5
 _OPS, _BYTES, _TOTAL, _MAX, _MIN = 0, 8, 16, 24, 32
 _BYTES_OF_KIND = 8 * _FIELDS
 _LINE = 64
+_NEVER = (1 << 64) - 1  # the shortest time of none
 
 
 class Counts(NamedTuple):
@@ -46,14 +47,12 @@ class Counts(NamedTuple):
 
     def plus(self, other: Counts) -> Counts:
         """Both together."""
-        if not self.requests or not other.requests:
-            return self if self.requests else other
         return Counts(
             self.requests + other.requests,
             self.nbytes + other.nbytes,
             self.total + other.total,
             max(self.longest, other.longest),
-            min(self.shortest, other.shortest),
+            min(self.shortest or other.shortest, other.shortest or self.shortest),
         )
 
 
@@ -69,6 +68,7 @@ class Stats:
         self._buckets_array = array("Q")
         self._buckets = null()
         self._histogram_on = False
+        self.reset()
 
     def count(self, kind: int, nbytes: int, began: int, now: int) -> None:
         """One request that went well, from tick to tick; one that began at 0 was not to be counted."""
@@ -81,7 +81,7 @@ class Stats:
         store_u64(self._counts, at + _TOTAL, load_u64(self._counts, at + _TOTAL) + took)
         if took > load_u64(self._counts, at + _MAX):
             store_u64(self._counts, at + _MAX, took)
-        if took < load_u64(self._counts, at + _MIN) or load_u64(self._counts, at + _OPS) == 1:
+        if took < load_u64(self._counts, at + _MIN):
             store_u64(self._counts, at + _MIN, took)
         if self._histogram_on:
             bucket = 8 * _bucket(took)
@@ -90,13 +90,23 @@ class Stats:
     def counts(self, kind: int) -> Counts:
         """What was counted of a kind."""
         at = _LINE + _BYTES_OF_KIND * kind
-        return Counts(*(load_u64(self._counts, at + 8 * field) for field in range(_FIELDS)))
+        counts = Counts(*(load_u64(self._counts, at + 8 * field) for field in range(_FIELDS)))
+        return counts._replace(shortest=0) if counts.shortest == _NEVER else counts
 
-    def reset(self) -> None:
-        """Begin to count anew; a request that is counted at this moment may be in or out."""
-        self.failed = 0
-        for at in range(_LINE, _LINE + _BYTES_OF_KIND * KINDS, 8):
-            store_u64(self._counts, at, 0)
+    def reset(self, *, counts: bool = True, extremes: bool = True, failures: bool = True) -> None:
+        """Begin to count anew, or only the longest and shortest times, or only failures.
+
+        A request that is counted at this moment may be in or out.
+        """
+        if failures:
+            self.failed = 0
+        for at in range(_LINE, _LINE + _BYTES_OF_KIND * KINDS, _BYTES_OF_KIND):
+            if counts:
+                for field in (_OPS, _BYTES, _TOTAL):
+                    store_u64(self._counts, at + field, 0)
+            if extremes:
+                store_u64(self._counts, at + _MAX, 0)
+                store_u64(self._counts, at + _MIN, _NEVER)
 
     def enable_histogram(self, enable: bool) -> None:
         """Keep a histogram from now on, an empty one, or none."""

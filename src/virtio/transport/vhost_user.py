@@ -81,6 +81,7 @@ class VhostUser:
         self._ports: list[tuple[int, int]] = []  # kick and call eventfd of each ring
         self._back: socket.socket | None = None
         self.life = Life(self.address)
+        self.gone: VirtioError | None = None
         self.on_gone: Callable[[VirtioError], None] = self.life.end
         try:
             self._session = Session(path, timeout)
@@ -94,7 +95,7 @@ class VhostUser:
             raise
 
     def _begin(self) -> None:
-        self.gone: VirtioError | None = None
+        self.gone = None
         self._status = Status(0)
         self._features = 0
         self._next_guest_address = _GUEST_BASE
@@ -280,6 +281,8 @@ class VhostUser:
         """Close the connection as it is: for a back end that is not there, or hangs; idempotent."""
         if os.getpid() == self._pid:
             self._unwatch()
+        if self.gone is None:
+            self.gone = TransportError(errno.ENOTCONN, f"no connection to {self.path}")
         self._session.close()
         if self._back is not None:
             self._back.close()

@@ -16,6 +16,7 @@ from virtio.device.scsi import ScsiDevice
 from virtio.errors import RequestError, VirtioError
 from virtio.ring.stats import GRANULARITY, RANGES, tick_rate
 from virtio_bdev import saved
+from virtio_bdev.bdev import Bdev
 from virtio_bdev.config import PCI_ADDRESS
 from virtio_bdev.rpc import logs
 from virtio_bdev.rpc.errors import INTERNAL_ERROR, INVALID_PARAMS, METHOD_NOT_FOUND, RpcError
@@ -142,10 +143,6 @@ class _GetIostat(msgspec.Struct, forbid_unknown_fields=True):
 
 @_method(_GetIostat)
 async def bdev_get_iostat(system: System, params: _GetIostat) -> object:
-    if params.reset_mode in ("maxmin", "error"):
-        raise RpcError(
-            INVALID_PARAMS, f"Invalid parameters: reset_mode {params.reset_mode!r}, want all or none"
-        )
     bdevs = [system.bdev(name) for name in params.names] if params.names else list(system.bdevs())
     now = {"tick_rate": _TICK_RATE, "ticks": time.monotonic_ns()}
     if params.per_channel:
@@ -157,10 +154,15 @@ async def bdev_get_iostat(system: System, params: _GetIostat) -> object:
         answer = now | {"name": bdevs[0].name, "channels": channels}
     else:
         answer = now | {"bdevs": [{"name": bdev.name} | _iostat(bdev.stats) for bdev in bdevs]}
-    if params.reset_mode == "all":
+    if params.reset_mode != "none":
         for bdev in bdevs:
-            bdev.reset_stats()
+            _reset(bdev, params.reset_mode)
     return answer
+
+
+def _reset(bdev: Bdev, mode: str) -> None:
+    whole = mode == "all"
+    bdev.reset_stats(counts=whole, extremes=whole or mode == "maxmin", failures=whole or mode == "error")
 
 
 def _iostat(stats: IoStats) -> dict[str, object]:
@@ -178,13 +180,13 @@ def _iostat(stats: IoStats) -> dict[str, object]:
 
 class _ResetIostat(msgspec.Struct, forbid_unknown_fields=True):
     name: str | None = None
-    mode: Literal["all"] = "all"
+    mode: Literal["all", "maxmin", "error"] = "all"
 
 
 @_method(_ResetIostat)
 async def bdev_reset_iostat(system: System, params: _ResetIostat) -> object:
     for bdev in system.bdevs() if params.name is None else [system.bdev(params.name)]:
-        bdev.reset_stats()
+        _reset(bdev, params.mode)
     return True
 
 
