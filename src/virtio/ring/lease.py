@@ -375,7 +375,7 @@ class Lease:
                 for finished in self.queue.faults():
                     failure = explain(finished, task.offset(finished.token), task.template.transfer)
                     if failure is None:
-                        task.succeed(finished.token)
+                        task.succeed(finished.token, finished.began)
                         continue
                     again = failure.transient and task.load is None
                     if again and self._try_again(finished.token, tries, deadline):
