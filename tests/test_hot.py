@@ -22,7 +22,7 @@ HOT = {
         "_collect",
         "_result",
         "_complete",
-        "_give_cell",
+        "_deliver",
         "_release",
         "_finish",
         "_first_bad",

@@ -38,7 +38,8 @@ class Bdev:
         self.disk = disk
         self._budgets: weakref.WeakKeyDictionary[Lease, Budget] = weakref.WeakKeyDictionary()
         self._account = Account()
-        self.throttle: Throttle | None = None
+        self.throttle: Throttle | None = None  # where there are limits
+        self._throttle = Throttle()
         self._limits = RateLimits()
         own = disk.identity if disk.unique else f"{controller.address} {disk.place}"
         self.uuid = str(uuid.uuid5(_UUIDS, own))
@@ -94,13 +95,15 @@ class Bdev:
     def set_rate_limits(self, limits: RateLimits) -> None:
         """Limit the rate of its reads and writes, of all channels together, from the next call on.
 
+        Calls that wait for a limit already go on by the new one within 0.1 s.
         Blocking calls and batches wait; `submit_*` returns False as it does where there is no room, and
         the completion descriptor tells when to try again. Other requests are not limited. RequestError
         for a negative limit.
         """
         limits.check()
         self._limits = limits
-        self.throttle = Throttle(limits) if any(limits) else None
+        self._throttle.change(limits)
+        self.throttle = self._throttle if any(limits) else None
         self.geometry.limited = self.throttle is not None
 
     def reset_stats(self, *, counts: bool = True, extremes: bool = True, failures: bool = True) -> None:

@@ -204,6 +204,7 @@ class Channel(Submitter):
                         base=zeros.offset,
                         depth=self._depth,
                         buffers=[zeros],
+                        stats=self.stats,
                     )
                 )
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from virtio.ring.requests import Task
 
 _BURST_S = 0.05  # how much may be saved up
+_LOOK_S = 0.1  # until who waits looks again: the limits may be others by then
 _MIB = 1 << 20
 
 
@@ -50,17 +51,22 @@ class Throttle:
     so the rate is kept for requests of any size.
     """
 
-    def __init__(self, limits: RateLimits) -> None:
+    def __init__(self) -> None:
         self._lock = threading.Lock()
+        self.change(RateLimits())
+
+    def change(self, limits: RateLimits) -> None:
+        """Other limits, for who waits too."""
         now = time.monotonic()
         ios, both, reads, writes = (
             _Bucket(rate * unit, rate * unit * _BURST_S, now) if rate else None
             for rate, unit in zip(limits, (1, _MIB, _MIB, _MIB), strict=True)
         )
-        self._buckets = {READ: (ios, both, reads), WRITE: (ios, both, writes)}
+        with self._lock:
+            self._buckets = {READ: (ios, both, reads), WRITE: (ios, both, writes)}
 
     def take(self, kind: int, wanted: int, nbytes: int) -> tuple[int, float]:
-        """How many of so many requests may go now, and in how many seconds there are more."""
+        """How many of so many requests may go now, and in how many seconds to ask for more."""
         with self._lock:
             now = time.monotonic()
             costs = [
@@ -75,10 +81,10 @@ class Throttle:
             for bucket, cost in costs:
                 bucket.level -= granted * cost
                 wait = max(wait, (1e-6 * bucket.rate - bucket.level) / bucket.rate)
-            return granted, wait
+            return granted, min(wait, _LOOK_S)
 
     def admit(self, task: Task) -> float | None:
-        """Let a task begin what it may; in how many seconds it may more, None if that is all."""
+        """Let a task begin what it may; in how many seconds to ask for more, None if that is all."""
         wanted = task.total - task.allowed
         if wanted <= 0:
             return None

@@ -1,6 +1,7 @@
 """Rate limits, by each way in. What is asserted is a bound from above, which a slow machine only helps."""
 
 import asyncio
+import errno
 import select
 import threading
 import time
@@ -110,5 +111,34 @@ def test_the_time_out_counts_as_ever(controller):
     bdev = next(iter(controller.values()))
     bdev.set_rate_limits(RateLimits(rw_ios_per_sec=10))
     with bdev.open(timeout=0.3) as channel:
-        with pytest.raises(TimeoutError):
+        with pytest.raises(TimeoutError, match=r"rate limits of the disk let \d requests be sent") as caught:
             channel.read_batch(array("Q", [0] * 100), 4096, bytearray(100 * 4096))
+    status = caught.value.batch.status
+    assert 0 < status.count(0) < 10 and status.count(-errno.EINPROGRESS) == 100 - status.count(0)
+
+
+def test_who_waits_goes_on_when_there_is_no_limit_any_more(bdev):
+    bdev.set_rate_limits(RateLimits(rw_ios_per_sec=1))
+    lifted = threading.Timer(0.1, bdev.set_rate_limits, [RateLimits()])
+    lifted.start()
+    with bdev.open() as channel:  # at that rate it would take 20 minutes
+        channel.read_batch(array("Q", [0] * 1200), 512, bytearray(1200 * 512)).raise_for_status()
+    lifted.join()
+
+
+def test_so_does_who_submits_and_sleeps(bdev):
+    bdev.set_rate_limits(RateLimits(r_mbytes_per_sec=1))
+    with bdev.open() as channel, bdev.controller.buffer(bdev.limits.max_transfer) as buffer:
+        sleeper = select.poll()
+        sleeper.register(channel.fileno(), select.POLLIN)
+        size = min(buffer.nbytes, bdev.size)
+        assert channel.submit_read(0, buffer, 0, nbytes=size)  # pays back for as many seconds as it has MiB
+        assert not channel.submit_read(0, buffer, 1, nbytes=512)
+        bdev.set_rate_limits(RateLimits())
+        done, sent = [], False
+        while len(done) < 2:
+            sent = sent or channel.submit_read(0, buffer, 1, nbytes=512)
+            done += channel.poll()
+            if len(done) < 2 and channel.arm():
+                assert sleeper.poll(10_000)
+        assert sorted(done) == [(0, None), (1, None)]

@@ -1,5 +1,7 @@
 """What is counted of each way in, and how."""
 
+import dataclasses
+import gc
 import threading
 import time
 from array import array
@@ -94,6 +96,51 @@ def test_a_histogram_is_kept_on_demand(bdev, channel):
     assert sum(bdev.histogram) == 100
     bdev.keep_stats(histogram=False)
     assert bdev.histogram is None
+
+
+def test_a_histogram_begins_anew_while_requests_are_counted(bdev):
+    """In the same memory: the loop that counts holds no lock."""
+    bdev.keep_stats(histogram=True)
+    done = threading.Event()
+
+    def read():
+        with bdev.open() as channel:
+            while not done.is_set():
+                channel.read_batch(array("Q", [0] * 500), 512, bytearray(500 * 512)).raise_for_status()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        assert eventually(lambda: any(bdev.histogram))
+        (stats,) = bdev._account._all()
+        before = places(stats)
+        for _ in range(50):
+            bdev.keep_stats(histogram=False)
+            bdev.keep_stats(histogram=True)
+        assert places(stats) == before
+        assert eventually(lambda: any(bdev.histogram))
+    finally:
+        done.set()
+        reader.join()
+    bdev.keep_stats(histogram=True)
+    assert not any(bdev.histogram)
+
+
+def places(stats):
+    """Where its arrays have their memory."""
+    return sorted(found.buffer_info() for found in reachable(stats) if isinstance(found, array))
+
+
+def reachable(stats):
+    """What an object holds: interpreted, in its dictionary."""
+    held = gc.get_referents(stats)
+    return held + [value for each in held if isinstance(each, dict) for value in each.values()]
+
+
+def test_zeroes_that_are_written_are_counted_as_writes(bdev, channel):
+    bdev.disk = dataclasses.replace(bdev.disk, write_zeroes=None, write_zeroes_unmap=None)
+    channel.write_zeroes(0, 1 << 20)
+    assert bdev.stats.write.nbytes == 1 << 20
 
 
 @pytest.mark.parametrize(

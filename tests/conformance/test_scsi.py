@@ -91,6 +91,31 @@ def test_priorities_and_attributes_are_zero():
         assert len(model.device.requests) > 100
 
 
+def test_what_a_disk_has_recovered_is_good_and_counted():
+    """SPC-4, 4.5.6: the data is there, whichever way it was asked for."""
+    with Backend(Scsi()) as model, channel(model) as opened:
+        model.device.recovers = True
+        for start in range(0, 1 << 20, 512):
+            model.device.disk[start : start + 512] = start.to_bytes(4, "big") * 128
+        disk = bytes(model.device.disk)
+        assert opened.read(512, 4096) == disk[512:4608]
+        apart = bytearray(4096)
+        opened.readinto(512, apart)
+        assert apart == disk[512:4608]
+        many = bytearray(300 * 512)
+        opened.read_batch(array("Q", range(0, 300 * 512, 512)), 512, many).raise_for_status()
+        assert many == disk[: 300 * 512]
+        with opened.bdev.controller.buffer(512) as buffer:
+            assert opened.submit_read(1024, buffer, 7)
+            done = []
+            assert model.wait_for(lambda: done.extend(opened.poll()) or done)
+            assert done == [(7, None)] and bytes(buffer.view()) == disk[1024:1536]
+        opened.write(0, bytes(512))
+        stats = opened.bdev.stats
+        assert (stats.read.requests, stats.read.nbytes) == (303, 2 * 4096 + 301 * 512)
+        assert (stats.write.requests, stats.failed) == (1, 0)
+
+
 @pytest.mark.parametrize("max_sectors", [1, 8, 1000])
 def test_transfers_keep_to_max_sectors_and_seg_max(max_sectors):
     """SCS-11: the model looks at every request."""

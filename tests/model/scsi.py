@@ -19,6 +19,7 @@ EVENT_SIZE: Final = 16  # struct virtio_scsi_event (5.6.6.3)
 OK, BAD_TARGET, INCORRECT_LUN = 0, 3, 12
 GOOD, CHECK_CONDITION = 0, 2
 NO_SENSE: Final = (0, 0, 0)
+RECOVERED: Final = (1, 0x17, 1)  # recovered data with retries
 UNIT_ATTENTION: Final = (6, 0x29, 0)
 INVALID_COMMAND: Final = (5, 0x20, 0)
 OUT_OF_RANGE: Final = (5, 0x21, 0)
@@ -92,6 +93,8 @@ class Scsi:
     event_info_size: int = EVENT_SIZE
     status: Callable[[ScsiRequest], int | None] | None = None
     """Overrides the response byte; None leaves the whole response unwritten."""
+    recovers: bool = False
+    """Whether it has trouble with each read and write, and does it all the same (SPC-4 4.5.6)."""
     known: frozenset[int] | None = None
     """The operation codes that it knows, if not all of them."""
     manage: Callable[[Tmf], int | None] = field(default=lambda tmf: 0, repr=False)
@@ -183,6 +186,8 @@ class Scsi:
                 return 0
             response = override
         raw = sense(*code) if code != NO_SENSE else b""
+        if self.recovers and not raw and cdb[0] in (0x28, 0x2A, 0x88, 0x8A):
+            raw = sense(*RECOVERED)
         chain.write(
             _RESPONSE.pack(
                 len(raw),

@@ -375,7 +375,7 @@ class Lease:
                 for finished in self.queue.faults():
                     failure = explain(finished, task.offset(finished.token), task.template.transfer)
                     if failure is None:
-                        task.succeed(finished.token)
+                        task.succeed(finished.token, finished.began)
                         continue
                     again = failure.transient and task.load is None
                     if again and self._try_again(finished.token, tries, deadline):
@@ -396,6 +396,8 @@ class Lease:
             else:
                 if watch is not None:
                     deadline = watch()
+                if pause is not None and not task.active:
+                    self._check_limit(deadline, task)
                 self._check_deadline(deadline, self.queue.in_flight)
                 if reason == IDLE and not swept:  # which may have made room
                     self.sleep(_earlier(deadline, pause))
@@ -495,6 +497,13 @@ class Lease:
         if deadline is not None and time.monotonic_ns() >= deadline:
             raise RequestTimeout(
                 f"{self.life.name} has not answered {waiting} requests in time; they may still take effect"
+            )
+
+    def _check_limit(self, deadline: int | None, task: Task) -> None:
+        if deadline is not None and time.monotonic_ns() >= deadline:
+            raise RequestTimeout(
+                f"the rate limits of the disk let {task.started} requests be sent in time, and no more: "
+                "raise them, or the time-out"
             )
 
     def raise_broken(self) -> None:

@@ -150,10 +150,10 @@ cdef class RequestQueue:
     cdef int _collect(self, Task task) noexcept nogil
     @cython.locals(place=size_t, result=uint64_t)
     cdef uint64_t _result(self, uint32_t slot) noexcept nogil
-    @cython.locals(part=uint64_t, data=uint64_t, item=uint64_t, place=uint64_t, nbytes=uint64_t,
-                   began=uint64_t)
+    @cython.locals(began=uint64_t)
     cdef void _complete(self, Task task, size_t record) noexcept nogil
-    cdef void _give_cell(self, Task task, uint64_t data) noexcept nogil
+    @cython.locals(part=uint64_t, data=uint64_t, item=uint64_t, place=uint64_t)
+    cdef void _deliver(self, Task task, size_t record) noexcept nogil
     cdef void _release(self, uint32_t slot) noexcept nogil
     cdef void _poison(self, size_t base) noexcept nogil
     cdef object _take(self, uint32_t slot)

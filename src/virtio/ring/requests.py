@@ -124,11 +124,12 @@ class Layout(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """A request that came back: its token (or part), its result field, its response."""
+    """A request that came back: its token (or part), its result field, its response; its submit's tick."""
 
     token: int
     result: int
     response: bytes
+    began: int = 0
 
 
 class Kept:
@@ -289,11 +290,17 @@ class Task:
         self._finish(part, False)
         return first
 
-    def succeed(self, part: int) -> None:
-        """Count a part that came back with a fault as done, as it was none; a load does not time it."""
+    def succeed(self, part: int, began: int = 0) -> None:
+        """Count a part that came back with a fault as done, as it was none; a load does not time it.
+
+        `began` is as in `Finished`.
+        """
         if self.load is not None:
             self._count()
             return
+        if self.counted:
+            nbytes = min(self.part_bytes, self.item_bytes - part % self.parts * self.part_bytes)
+            self.stats.count(self.template.kind, nbytes, began, ticks())
         self._finish(part, True)
 
     def again(self, part: int) -> None:
@@ -1052,7 +1059,7 @@ class RequestQueue:
             else:
                 store_u64(self._records, record + _RESULT, result)
                 if state == _TASK:
-                    self._give_cell(task, load_u64(self._records, record + _DATA))
+                    self._deliver(task, record)  # it may turn out to be a success
                     store_u16(self._faults, 2 * self._fault_count, slot)
                     self._fault_count += 1
                 else:
@@ -1066,11 +1073,9 @@ class RequestQueue:
         return result & self._result_mask
 
     def _complete(self, task: Task, record: int) -> None:
-        part = load_u64(self._records, record + _TOKEN)
-        data = load_u64(self._records, record + _DATA)
+        self._deliver(task, record)
         if task._mode == _LOADED:
             task.load.complete(load_u64(self._records, record + _TIME))
-            self._give_cell(task, data)
             task._count()
             return
         if task.counted:
@@ -1078,19 +1083,20 @@ class RequestQueue:
                 self._now = ticks()
             began = load_u64(self._records, record + _TIME)
             task.stats.count(task.template.kind, load_u64(self._records, record + _LENGTH), began, self._now)
-        if task._mode == _BOUNCED:
-            if task.template.direction == _FROM_DEVICE:
-                item = part // task.parts
-                place = item * task.item_bytes + (part - item * task.parts) * task.part_bytes
-                nbytes = load_u64(self._records, record + _LENGTH)
-                copy(task._user, place, self._region, data, nbytes)
-            self._give_cell(task, data)
-        task._finish(part, True)
+        task._finish(load_u64(self._records, record + _TOKEN), True)
 
-    def _give_cell(self, task: Task, data: int) -> None:
-        if task._mode >= _BOUNCED:
-            store_u64(task._cells, 8 * task._free_cells, data)
-            task._free_cells += 1
+    def _deliver(self, task: Task, record: int) -> None:
+        """Copy what was read through a cell to the user's memory; the cell is free again."""
+        if task._mode < _BOUNCED:
+            return
+        data = load_u64(self._records, record + _DATA)
+        if task._mode == _BOUNCED and task.template.direction == _FROM_DEVICE:
+            part = load_u64(self._records, record + _TOKEN)
+            item = part // task.parts
+            place = item * task.item_bytes + (part - item * task.parts) * task.part_bytes
+            copy(task._user, place, self._region, data, load_u64(self._records, record + _LENGTH))
+        store_u64(task._cells, 8 * task._free_cells, data)
+        task._free_cells += 1
 
     def _release(self, slot: int) -> None:
         store_u32(self._records, _RECORD * slot + _STATE, _FREE)
@@ -1109,6 +1115,7 @@ class RequestQueue:
             load_u64(self._records, record + _TOKEN),
             load_u64(self._records, record + _RESULT),
             response,
+            load_u64(self._records, record + _TIME),
         )
 
     def again(self, slot: int) -> None:

@@ -4,13 +4,22 @@ cimport cython
 from libc.stdint cimport uint64_t
 
 from virtio.ring._bits cimport bit_length
-from virtio.ring._mem cimport Mem, load_u64, null, store_u64, window
+from virtio.ring._mem cimport (
+    Mem,
+    fill,
+    load_acquire_u32,
+    load_u64,
+    null,
+    store_release_u32,
+    store_u64,
+    window,
+)
 from virtio.ring._os cimport now_ns, ticks
 
 cdef int _GRANULARITY
 cdef int _FIELDS
 cdef uint64_t _NEVER
-cdef size_t _OPS, _BYTES, _TOTAL, _MAX, _MIN, _BYTES_OF_KIND, _LINE
+cdef size_t _OPS, _BYTES, _TOTAL, _MAX, _MIN, _BYTES_OF_KIND, _LINE, _KEPT
 
 
 @cython.final
@@ -19,7 +28,6 @@ cdef class Stats:
     cdef public uint64_t failed
     cdef object _array, _buckets_array
     cdef Mem _counts, _buckets
-    cdef bint _histogram_on
 
     @cython.locals(took=uint64_t, at=size_t, bucket=size_t)
     cpdef void count(self, int kind, uint64_t nbytes, uint64_t began, uint64_t now) noexcept nogil

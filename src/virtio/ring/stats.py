@@ -16,7 +16,15 @@ import cython
 
 if not cython.compiled:
     from virtio.ring._bits import bit_length
-    from virtio.ring._mem import load_u64, null, store_u64, window
+    from virtio.ring._mem import (
+        fill,
+        load_acquire_u32,
+        load_u64,
+        null,
+        store_release_u32,
+        store_u64,
+        window,
+    )
     from virtio.ring._os import now_ns, ticks
 
 # What a request does, as far as it is counted.
@@ -34,6 +42,7 @@ _OPS, _BYTES, _TOTAL, _MAX, _MIN = 0, 8, 16, 24, 32
 _BYTES_OF_KIND = 8 * _FIELDS
 _LINE = 64
 _NEVER = (1 << 64) - 1  # the shortest time of none
+_KEPT = 0  # whether there is a histogram: in the room before the counters
 
 
 class Counts(NamedTuple):
@@ -67,7 +76,6 @@ class Stats:
         self._counts = window(self._array)
         self._buckets_array = array("Q")
         self._buckets = null()
-        self._histogram_on = False
         self.reset()
 
     def count(self, kind: int, nbytes: int, began: int, now: int) -> None:
@@ -83,7 +91,7 @@ class Stats:
             store_u64(self._counts, at + _MAX, took)
         if took < load_u64(self._counts, at + _MIN):
             store_u64(self._counts, at + _MIN, took)
-        if self._histogram_on:
+        if load_acquire_u32(self._counts, _KEPT):
             bucket = 8 * _bucket(took)
             store_u64(self._buckets, bucket, load_u64(self._buckets, bucket) + 1)
 
@@ -110,16 +118,17 @@ class Stats:
 
     def enable_histogram(self, enable: bool) -> None:
         """Keep a histogram from now on, an empty one, or none."""
-        self._histogram_on = False
-        if enable:
+        if not self._buckets_array and enable:
             self._buckets_array = array("Q", bytes(8 * BUCKETS))
             self._buckets = window(self._buckets_array)
-        self._histogram_on = enable
+        elif enable:  # in place: who counts looks at no lock, and may be amid it
+            fill(self._buckets, 0, 0, 8 * BUCKETS)
+        store_release_u32(self._counts, _KEPT, enable)
 
     @property
     def histogram(self) -> array[int] | None:
         """How many requests took how long, by SPDK's buckets; None if that is not kept."""
-        return array("Q", self._buckets_array) if self._histogram_on else None
+        return array("Q", self._buckets_array) if load_acquire_u32(self._counts, _KEPT) else None
 
 
 def _bucket(value: int) -> int:

@@ -50,5 +50,7 @@ cdef class Submitter:
     @cython.locals(queue=RequestQueue, completions=list, slot=uint32_t, whose=uint32_t, token=uint64_t,
                    now=uint64_t)
     cdef list _poll(self, int64_t limit)
+    @cython.locals(record=size_t)
+    cdef void _count(self, uint32_t slot, uint64_t now) noexcept
     @cython.locals(queue=RequestQueue)
     cpdef bint arm(self) except -1

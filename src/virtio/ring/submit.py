@@ -233,12 +233,7 @@ class Submitter:
                     if self.stats.on:
                         if now == 0:
                             now = ticks()
-                        self.stats.count(
-                            load_u16(queue._records, _RECORD * slot + _KIND),
-                            load_u64(queue._records, _RECORD * slot + _LENGTH),
-                            load_u64(queue._records, _RECORD * slot + _TIME),
-                            now,
-                        )
+                        self._count(slot, now)
                     queue._release(slot)
                     queue._let_go(slot)
                     self.budget.in_flight -= 1
@@ -251,6 +246,8 @@ class Submitter:
                     self.budget.in_flight -= 1
                     if self._error is not None and self.stats.on:
                         self.stats.failed += 1
+                    elif self.stats.on:
+                        self._count(slot, ticks())
                     completions.append((token, self._error))
                     self._error = None
             elif whose == _NOBODY:
@@ -258,6 +255,15 @@ class Submitter:
             else:
                 queue._put_ended(slot)
         return completions
+
+    def _count(self, slot: int, now: int) -> None:
+        record = _RECORD * slot
+        self.stats.count(
+            load_u16(self.queue._records, record + _KIND),
+            load_u64(self.queue._records, record + _LENGTH),
+            load_u64(self.queue._records, record + _TIME),
+            now,
+        )
 
     def arm(self) -> bool:
         """Show the device what was submitted, and have it signal the completion descriptor.
