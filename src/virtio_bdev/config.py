@@ -1,8 +1,8 @@
 """What to attach: one `BdevSpec` for the command line, the configuration file and programs.
 
 The file is that of the original module: a section `[Virtio]` with lines `Dev User PATH` and
-`Dev Pci`. More words on a line name the controller and its type, and set the fields of `BdevSpec`.
-A file that begins with `{` is of the other form, see `saved`.
+`Dev Pci`, for all PCI devices, or one. More words on a line name the controller and its type, and
+set the fields of `BdevSpec`. A file that begins with `{` is of the other form, see `saved`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, NoReturn, get_args
 
 from virtio.errors import RequestError
+from virtio.transport import sysfs
 from virtio_bdev.qos import RateLimits
 from virtio_bdev.registry import Controller, DevType, attach
 
@@ -21,7 +22,6 @@ DEV_TYPES: tuple[str, ...] = get_args(DevType)
 _MAX_FILE = 1 << 20  # bytes: ten thousand devices and their comments
 _MAX_LINE = 4096
 _WORD = re.compile(r'(?:[^\s"]|"[^"]*")+|"')
-PCI_ADDRESS = re.compile(r"(?:[0-9a-f]{4}:)?[0-9a-f]{2}:[01][0-9a-f]\.[0-7]", re.IGNORECASE)
 
 
 class ConfigError(RequestError):
@@ -84,7 +84,13 @@ class BdevSpec:
     """What `virtio_bdev.attach` takes."""
 
     address: str
-    dev_type: DevType = _option("scsi", "Kind of device.", "scsi or blk", "TYPE", _dev_type)
+    dev_type: DevType | None = _option(
+        None,
+        "Kind of device: of a socket scsi unless given; a PCI device says it.",
+        "scsi or blk",
+        "TYPE",
+        _dev_type,
+    )
     name: str | None = _option(
         None,
         "Name of the controller, and the beginning of its disks' names; VirtioScsi0, VirtioBlk0 and "
@@ -189,6 +195,7 @@ class _Parser:
         self._lines: list[Line] = []
         self._names: dict[str, int] = {}  # line numbers
         self._addresses: dict[str, int] = {}
+        self._all: tuple[int, int, dict[str, Any]] | None = None  # `Dev Pci` alone: line, place, options
 
     def parse(self, data: bytes) -> Config:
         section = None
@@ -205,6 +212,7 @@ class _Parser:
                 self._fail(words[0], "a section first, such as [Virtio]")
             elif _same(section, "Virtio"):
                 self._entry(words)
+        self._expand()
         ignored = [f"[{name}]" for name in sections if not _same(name, "Virtio")]
         if not self._lines:
             found = f"; it has {', '.join(ignored)}" if ignored else ""
@@ -240,23 +248,54 @@ class _Parser:
         kind = words[1] if len(words) > 1 else ""
         if _same(kind, "Pci"):
             self._pci(words[2:])
+            return
         if not _same(kind, "User"):
             self._fail(kind or None, "User PATH or Pci after Dev")
         if len(words) < 3 or not words[2]:
             self._fail(None, "the path of a vhost-user socket after Dev User")
-        spec = BdevSpec(address=f"user:{words[2]}", **self._options(words[3:]))
-        self._once(spec.address, self._addresses, words[2])
+        self._add(f"user:{words[2]}", words[2], self._options(words[3:]))
+
+    def _pci(self, words: list[str]) -> None:
+        """`Dev Pci ADDRESS`, one device; `Dev Pci` alone, all that are ours to take and in no other line."""
+        if words and "=" not in words[0] and words[0] not in DEV_TYPES:
+            if not sysfs.ADDRESS.fullmatch(words[0]):
+                self._fail(words[0], "a PCI address such as 0000:00:04.0")
+            self._add(f"pci:{sysfs.normal(words[0])}", words[0], self._options(words[1:]))
+            return
+        values = self._options(words)
+        if "name" in values:
+            self._fail(f"name={values['name']}", "the address of one device after Dev Pci, if it has a name")
+        if self._all is not None:
+            self._fail("Pci", f"Dev Pci for all devices only once: it is in line {self._all[0]} already")
+        self._all = self._number, len(self._lines), values
+
+    def _expand(self) -> None:
+        """Put the devices that `Dev Pci` alone stands for where it was."""
+        if self._all is None:
+            return
+        number, at, values = self._all
+        found = [
+            BdevSpec(address=f"pci:{function.address}", **values)
+            for function in sysfs.functions()
+            if function.driver in sysfs.USER_DRIVERS
+            and f"pci:{function.address}" not in self._addresses
+            and values.get("dev_type") in (None, function.kind)
+        ]
+        if not found and not self._lines:
+            self._number = number
+            self._fail(
+                "Pci",
+                "a virtio device that is bound to vfio-pci or uio_pci_generic, and there is none: see "
+                "`virtio-bdev pci list`",
+            )
+        self._lines[at:at] = [Line(f"{self._path}:{number}", spec) for spec in found]
+
+    def _add(self, address: str, word: str, values: dict[str, Any]) -> None:
+        spec = BdevSpec(address=address, **values)
+        self._once(spec.address, self._addresses, word)
         if spec.name is not None:
             self._once(spec.name, self._names, f"name={spec.name}")
         self._lines.append(Line(f"{self._path}:{self._number}", spec))
-
-    def _pci(self, words: list[str]) -> NoReturn:
-        if words and "=" not in words[0] and words[0] not in DEV_TYPES:
-            if not PCI_ADDRESS.fullmatch(words[0]):
-                self._fail(words[0], "a PCI address such as 0000:00:04.0")
-            words = words[1:]
-        self._options(words)
-        self._fail("Pci", "Dev User PATH: PCI devices are not supported yet")
 
     def _options(self, words: list[str]) -> dict[str, Any]:
         values: dict[str, Any] = {}

@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 from virtio.device.base import MAX_TRANSFER, Device, bring_up, weakly
 from virtio.device.blk import BlkDevice
@@ -19,6 +19,8 @@ from virtio.device.scsi import ScsiDevice
 from virtio.errors import ClosedError, NoQueueError, RequestError, VirtioError
 from virtio.ring.buffer import Buffer
 from virtio.ring.lease import Lease, deadline_in
+from virtio.transport import pci_host, sysfs
+from virtio.transport.base import Transport
 from virtio.transport.vhost_user import VhostUser
 from virtio.wire.virtio_scsi import CDB_SIZE, encode_lun
 from virtio_bdev.bdev import Bdev
@@ -70,6 +72,7 @@ class Controller(Mapping[str, Bdev]):
         self.name = name
         self.device = device
         self.address = device.transport.address
+        self.dev_type: DevType = "scsi" if isinstance(device, ScsiDevice) else "blk"
         self._lock = threading.Lock()
         self._leases: dict[int, tuple[Lease, int]] = {}  # by thread: lease and its channels
         self._free = list(reversed(device.leases))
@@ -193,12 +196,12 @@ class Controller(Mapping[str, Bdev]):
     def describe(self) -> dict[str, object]:
         """The keys and values that SPDK has for a virtio controller."""
         device = self.device
-        return {
-            "vq_count": device.FIXED_QUEUES + len(device.leases),
-            "vq_size": device.queue_size,
-            "type": "user",
-            "socket": self.address.removeprefix("user:"),
-        }
+        queues = {"vq_count": device.FIXED_QUEUES + len(device.leases), "vq_size": device.queue_size}
+        kind, _, place = self.address.partition(":")
+        if kind == "user":
+            return {**queues, "type": "user", "socket": place}
+        interface = "legacy" if device.transport.legacy else "modern"
+        return {**queues, "type": f"pci-{interface}", "pci_address": place}
 
     def take_lease(self) -> Lease:
         """This thread's queue lease, for one more channel; for `Channel` to call."""
@@ -272,10 +275,34 @@ class Controller(Mapping[str, Bdev]):
         return f"<Controller {self.name} at {self.address}, {len(self)} disks, {state}>"
 
 
+def kind_of(address: str, dev_type: DevType | None = None) -> DevType:
+    """What is, or is to be, at an address; RequestError if it is none or something else is there,
+    TransportError if nothing is."""
+    kind, _, place = address.partition(":")
+    if kind == "user" and place and "\0" not in place:
+        return dev_type or "scsi"
+    if kind != "pci" or not sysfs.ADDRESS.fullmatch(place):
+        raise RequestError(
+            f"address {address!r}, want user:PATH, the path of a vhost-user socket, or pci:0000:00:04.0, a "
+            "PCI address"
+        )
+    function = sysfs.find(place)
+    if dev_type not in (None, function.kind):
+        raise RequestError(f"dev_type {dev_type!r}, but {address} is virtio-{function.kind}")
+    return cast(DevType, function.kind)
+
+
+def _connect(address: str, timeout: float) -> Transport:
+    kind, _, place = address.partition(":")
+    if kind == "user":
+        return VhostUser(place, timeout)
+    return pci_host.connect(sysfs.find(place), timeout)
+
+
 def attach(
     address: str,
     *,
-    dev_type: DevType = "scsi",
+    dev_type: DevType | None = None,
     name: str | None = None,
     queues: int | None = None,
     at_least: int | None = None,
@@ -285,7 +312,9 @@ def attach(
 ) -> Controller:
     """Attach a controller and find its disks.
 
-    `address` is "user:PATH", a vhost-user socket. `name` is VirtioBlk0, VirtioScsi0 and so on
+    `address` is "user:PATH", a vhost-user socket, which is one of a SCSI controller unless `dev_type`
+    says otherwise; or "pci:0000:00:04.0", a PCI device of this machine, bound to vfio-pci or
+    uio_pci_generic, which knows its type. `name` is VirtioBlk0, VirtioScsi0 and so on
     unless given. `queues`: as many as the process has cores, up to what the device has, unless
     given; then exactly so many, or `at_least`, or NoQueueError. `queue_size`, a power of two, is
     256 unless given, 128 where that is refused. `timeout` in seconds bounds every wait.
@@ -297,11 +326,8 @@ def attach(
     Raises TransportError, ProtocolError, RequestTimeout or RequestError, and leaves nothing behind
     then. Blocks; any thread may call.
     """
-    if dev_type not in _DEVICES:
+    if dev_type is not None and dev_type not in _DEVICES:
         raise RequestError(f"dev_type {dev_type!r}, want one of {', '.join(_DEVICES)}")
-    kind, _, path = address.partition(":")
-    if kind != "user" or not path or "\0" in path:
-        raise RequestError(f"address {address!r}, want user:PATH, the path of a vhost-user socket")
     if queue_size is not None and (queue_size & (queue_size - 1) or not 1 < queue_size <= 32768):
         raise RequestError(f"queue_size {queue_size}, want a power of two from 2 to 32768")
     if queues is not None and queues < 1:
@@ -310,11 +336,14 @@ def attach(
         raise RequestError(f"timeout {timeout}, want a number of seconds above 0")
     if not reconnect >= 0:
         raise RequestError(f"reconnect {reconnect}, want a number of seconds, 0 for not at all")
-    taken = _names.take(name, DEFAULT_NAMES[dev_type])
+    if reconnect and not address.startswith("user:"):
+        raise RequestError(f"reconnect {reconnect:g}: only a socket can be connected to again, not {address}")
+    kind = kind_of(address, dev_type)
+    taken = _names.take(name, DEFAULT_NAMES[kind])
     try:
         device = bring_up(
-            lambda: VhostUser(path, timeout),
-            _DEVICES[dev_type],
+            lambda: _connect(address, timeout),
+            _DEVICES[kind],
             queues=queues,
             at_least=at_least,
             queue_size=queue_size,

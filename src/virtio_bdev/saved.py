@@ -7,6 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from virtio.errors import RequestError
+from virtio.transport import sysfs
 from virtio_bdev.config import BdevSpec, Config, ConfigError, Line, registered
 from virtio_bdev.qos import RateLimits
 
@@ -31,13 +32,16 @@ class Attach(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
 
     def spec(self) -> BdevSpec:
         """The same for us; ConfigError for what we do not have, or cannot be."""
-        if self.trtype != "user":
-            raise ConfigError(f"trtype {self.trtype!r}: only user is supported")
+        if self.trtype not in ("user", "pci"):
+            raise ConfigError(f"trtype {self.trtype!r}: only user and pci are supported")
+        if self.trtype == "pci" and not sysfs.ADDRESS.fullmatch(self.traddr):
+            raise ConfigError(f"traddr {self.traddr!r}: want a PCI address such as 0000:00:04.0")
+        place = self.traddr if self.trtype == "user" else sysfs.normal(self.traddr)
         return registered(
-            address=f"user:{self.traddr}",
+            address=f"{self.trtype}:{place}",
             name=self.name,
             dev_type=self.dev_type,
-            queues=self.vq_count or 1,
+            queues=self.vq_count or (1 if self.trtype == "user" else None),
             at_least=1,
             queue_size=self.vq_size or None,
             timeout=self.timeout,
@@ -67,11 +71,14 @@ class SetQosLimit(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True
 
 def attach_of(name: str, spec: BdevSpec) -> Attach:
     """The parameters that attach this controller again."""
+    kind, _, place = spec.address.partition(":")
+    if kind == "pci":  # whose queues SPDK decides about
+        return Attach(name, spec.dev_type or "scsi", "pci", place, timeout=spec.timeout)
     return Attach(
         name=name,
-        dev_type=spec.dev_type,
+        dev_type=spec.dev_type or "scsi",
         trtype="user",
-        traddr=spec.address.removeprefix("user:"),
+        traddr=place,
         vq_count=spec.queues or 0,
         vq_size=spec.queue_size or 0,
         timeout=spec.timeout,

@@ -256,6 +256,7 @@ class QtestWindows:
     """
 
     translated = False
+    removal = None
 
     def __init__(self, machine: Machine, slot: int, bars: dict[int, tuple[bool, int, int]]) -> None:
         self.name = f"0000:00:{slot:02x}.0"

@@ -37,6 +37,8 @@ class ModelWindows:
 
     name = "0000:00:04.0"
 
+    removal = None
+
     def __init__(self, device, *, translated=False, vectors=99, bars=(model.BAR,), mapping=None, line=False):
         self.device = device
         self.translated = translated

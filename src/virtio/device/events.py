@@ -85,6 +85,7 @@ class EventQueue:
     def detach(self) -> None:
         """Let go of the memory, after the device has; idempotent."""
         self._ring.detach()
+        self._doorbell = Doorbell()
         self._memory.close()
 
     def silence(self) -> None:

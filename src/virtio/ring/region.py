@@ -10,6 +10,7 @@ import threading
 import weakref
 from array import array
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from virtio.errors import ClosedError, TransportError
@@ -46,11 +47,14 @@ class Region:
     goes with the last view of it. A child of a fork has neither (MADV_DONTFORK, close-on-exec).
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, *, must_be_huge: bool = False) -> None:
+        """TransportError if there is no such memory."""
         self.size = -(-nbytes // HUGE_PAGE) * HUGE_PAGE
         try:
-            self.fd, memory, self.huge = _map(self.size)
+            self.fd, memory, self.huge = _map(self.size, (True,) if must_be_huge else (True, False))
         except OSError as error:
+            if must_be_huge:
+                raise self._no_huge_pages(error) from error
             raise self._unmappable(error) from error
         self.view = memoryview(memory)
         _mapped.add(memory)
@@ -69,7 +73,7 @@ class Region:
         memory for it.
         """
         try:
-            fd, memory, huge = _map(self.size)
+            fd, memory, huge = _map(self.size, (True, False))
         except OSError as error:
             raise self._unmappable(error) from error
         try:
@@ -86,6 +90,14 @@ class Region:
             error.errno or errno.ENOMEM,
             f"cannot map {self.size >> 20} MiB of shared memory: {error.strerror or error}; "
             "see `ulimit -v`, `ulimit -n`, /proc/meminfo and the memory control group",
+        )
+
+    def _no_huge_pages(self, error: OSError) -> TransportError:
+        pages = self.size // HUGE_PAGE
+        return TransportError(
+            error.errno or errno.ENOMEM,
+            f"no {pages} huge pages of {HUGE_PAGE >> 20} MiB are free: {error.strerror or error}; try "
+            f"`sysctl vm.nr_hugepages={max(32, pages)}` as root",
         )
 
     def close(self) -> None:
@@ -108,13 +120,14 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def _map(nbytes: int) -> tuple[int, mmap.mmap, bool]:
-    for huge in (True, False):
+def _map(nbytes: int, kinds: Sequence[bool]) -> tuple[int, mmap.mmap, bool]:
+    """A sealed memfd mapped: of huge pages, or not, whichever of these can be had first."""
+    for huge in kinds:
         flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (os.MFD_HUGETLB if huge else 0)
         try:
             fd = os.memfd_create("virtio-bdev", flags)
         except OSError:
-            if huge:
+            if huge is not kinds[-1]:
                 continue
             raise
         try:
@@ -125,7 +138,7 @@ def _map(nbytes: int) -> tuple[int, mmap.mmap, bool]:
             fcntl.fcntl(fd, _ADD_SEALS, _SEALS)
         except OSError:
             os.close(fd)
-            if not huge:
+            if huge is kinds[-1]:
                 raise
         else:
             return fd, memory, huge

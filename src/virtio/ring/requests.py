@@ -775,6 +775,7 @@ class RequestQueue:
         """Let go of the shared memory, after the device has; only `stop` may be called then."""
         self.stop()
         self.ring.detach()
+        self._doorbell = Doorbell()  # what it was may be memory of the device
         self.slots = self._free_count = self._fault_count = self._ended_count = 0
         self._buffer = None
         self._region = null()

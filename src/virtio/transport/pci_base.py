@@ -69,6 +69,7 @@ class PciBase(ABC):
         self._completions: dict[int, int] = {}  # by queue: its eventfd, where it is not a vector's
         self._sharers: list[int] = []  # of those, the ones that a shared interrupt is passed on to
         self._watch: control.Timer | None = None
+        self._watching_removal = False
         try:
             function = read_function(windows)
             if function.device_type is None:
@@ -167,6 +168,9 @@ class PciBase(ABC):
             self._name_vector(0, of_queue=False)
         self.set_status(self._status | Status.DRIVER_OK)
         self._watch = control.Timer(_LOOK_S, self._look)
+        if self.windows.removal is not None and not self._watching_removal:
+            self._watching_removal = True
+            control.watch(self.windows.removal, select.EPOLLIN, self._wanted_back)
 
     def stop(self) -> None:
         """Reset the device: afterwards it uses no memory."""
@@ -188,6 +192,8 @@ class PciBase(ABC):
                 control.unwatch(self._vectors[0])
             if self._line is not None:
                 control.unwatch(self._line.fd)
+            if self._watching_removal and self.windows.removal is not None:
+                control.unwatch(self.windows.removal)
             if self._status and not self._gone:
                 with contextlib.suppress(VirtioError):
                     self.stop()
@@ -204,6 +210,14 @@ class PciBase(ABC):
         except VirtioError as error:
             self._cancel_watch()
             self.life.end(error)
+
+    def _wanted_back(self, events: int) -> None:
+        """The kernel waits until the controller is closed, so its owner is told."""
+        assert self.windows.removal is not None
+        control.unwatch(self.windows.removal)
+        self._watching_removal = False
+        words = f"the kernel wants {self.address} back: it is being removed, or given to another driver"
+        self.life.end(TransportError(errno.ENODEV, words))
 
     def _cancel_watch(self) -> None:
         if self._watch is not None:

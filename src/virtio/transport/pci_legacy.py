@@ -35,7 +35,7 @@ class LegacyPci(PciBase):
 
     legacy = True
     has_isr = True
-    max_queues = None
+    max_queues: int | None = None
 
     def __init__(self, windows: Windows, timeout: float = 5.0) -> None:
         """Each wait is bounded by `timeout` seconds.

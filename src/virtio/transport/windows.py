@@ -31,6 +31,7 @@ class Windows(Protocol):
     """
 
     name: str  # "0000:00:04.0"
+    removal: int | None  # an eventfd, readable once the kernel wants the function back
     translated: bool  # an IOMMU stands between the device and memory: it knows the addresses of `map`
 
     def read_config(self, offset: int, width: int) -> int: ...

@@ -146,11 +146,7 @@ class Function:
     @property
     def device_type(self) -> int | None:
         """The virtio device type, or None for what is no virtio device (4.1.2)."""
-        if self.vendor != VENDOR:
-            return None
-        if _FIRST_ID <= self.device <= _LAST_ID:
-            return self.device - _FIRST_ID
-        return _TRANSITIONAL.get(self.device)
+        return device_type(self.vendor, self.device)
 
     @property
     def transitional(self) -> bool:
@@ -183,6 +179,15 @@ class Function:
             tuple(structure for structure in structures if structure is not None),
             next((found for found in msix if found is not None), None),
         )
+
+
+def device_type(vendor: int, device: int) -> int | None:
+    """The virtio device type of these IDs, or None for what is no virtio device (4.1.2)."""
+    if vendor != VENDOR:
+        return None
+    if _FIRST_ID <= device <= _LAST_ID:
+        return device - _FIRST_ID
+    return _TRANSITIONAL.get(device)
 
 
 def _bars(registers: tuple[int, ...]) -> Iterator[Bar]:

@@ -18,6 +18,8 @@ _COMMANDS = {
     "write": "Copy a file to a disk.",
     "scsi": "Send a SCSI command as it is, and show the answer.",
     "run": "Hold devices: those of a configuration file, and those that clients of its JSON-RPC attach.",
+    "pci": "Show the PCI devices of this machine, and take or give them back.",
+    "doctor": "Look at what this machine can do, and say what mends the rest.",
     "rpc": "Call a method of a running daemon.",
     "bench": "Measure a disk: requests a second, and how long each takes.",
     "target": "Serve disks on a vhost-user socket.",
@@ -61,7 +63,8 @@ class _Commands(click.Group):
 def cli() -> None:
     """Drive virtio-scsi and virtio-blk devices from user space.
 
-    ADDRESS is user:PATH, the vhost-user socket of a back end. To begin with:
+    ADDRESS is user:PATH, the vhost-user socket of a back end, or pci:0000:00:04.0, a PCI device of
+    this machine that `virtio-bdev pci bind` has taken from its kernel driver. To begin with:
 
     \b
       virtio-bdev target disk.sock --disk ram:64M &

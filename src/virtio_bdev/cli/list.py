@@ -28,7 +28,11 @@ def command(controller: Controller, as_json: bool, **_: Any) -> None:
 
 def print_table(bdevs: Iterable[Bdev]) -> None:
     """One line a disk, below a headline."""
-    rows = [["NAME", "SIZE", "BLOCK", "BLOCKS", "MODE", "SERIAL", "PRODUCT"], *map(_row, bdevs)]
+    print_rows([["NAME", "SIZE", "BLOCK", "BLOCKS", "MODE", "SERIAL", "PRODUCT"], *map(_row, bdevs)])
+
+
+def print_rows(rows: list[list[str]]) -> None:
+    """Rows of cells, in columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from virtio.transport.sysfs import ADDRESS, normal
 from virtio_bdev import Bdev, Channel, Controller, DeviceError, ProtocolError, RequestTimeout
 from virtio_bdev.cli.trace import verbose_option, words
 from virtio_bdev.config import DEV_TYPES, OPTIONS, BdevSpec, Option
@@ -38,16 +39,24 @@ SIZE = Size()
 
 
 class Address(click.ParamType[Any]):
-    """Where a device is: user:PATH."""
+    """Where a device is: user:PATH or pci:0000:00:04.0."""
 
     name = "address"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        kind, _, path = str(value).partition(":")
-        if kind != "user" or not path:
-            perhaps = "" if ":" in str(value) else f"; perhaps user:{value}"
-            self.fail(f"{value!r}: want user:PATH, a vhost-user socket{perhaps}", param, ctx)
-        return str(value)
+        kind, _, place = str(value).partition(":")
+        if kind == "user" and place:
+            return str(value)
+        if kind == "pci" and ADDRESS.fullmatch(place):
+            return f"pci:{normal(place)}"
+        perhaps = "" if ":" in str(value) else f"; perhaps user:{value}"
+        if ADDRESS.fullmatch(str(value)):
+            perhaps = f"; perhaps pci:{value}"
+        self.fail(
+            f"{value!r}: want user:PATH, a vhost-user socket, or pci:0000:00:04.0, a PCI device{perhaps}",
+            param,
+            ctx,
+        )
 
 
 class _Field(click.ParamType[Any]):

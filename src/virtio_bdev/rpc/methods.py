@@ -15,9 +15,9 @@ import msgspec
 from virtio.device.scsi import ScsiDevice
 from virtio.errors import RequestError, VirtioError
 from virtio.ring.stats import GRANULARITY, RANGES, tick_rate
+from virtio.transport import sysfs
 from virtio_bdev import saved
 from virtio_bdev.bdev import Bdev
-from virtio_bdev.config import PCI_ADDRESS
 from virtio_bdev.rpc import logs
 from virtio_bdev.rpc.errors import INTERNAL_ERROR, INVALID_PARAMS, METHOD_NOT_FOUND, RpcError
 from virtio_bdev.rpc.system import System
@@ -81,7 +81,7 @@ async def bdev_virtio_attach_controller(system: System, params: saved.Attach) ->
     if params.trtype != "user" and (params.vq_count or params.vq_size):
         words = f"vq_count or vq_size is not allowed for {params.trtype.upper()} transport type."
         raise RpcError(-errno.EINVAL, words)
-    if params.trtype == "pci" and not PCI_ADDRESS.fullmatch(params.traddr):
+    if params.trtype == "pci" and not sysfs.ADDRESS.fullmatch(params.traddr):
         raise RpcError(-errno.EINVAL, f"Invalid PCI address {params.traddr!r}")
     try:
         return await system.attach(params.spec())

@@ -19,7 +19,7 @@ from virtio_bdev.bdev import Bdev
 from virtio_bdev.config import BdevSpec
 from virtio_bdev.events import Added, Event, Events, Lost, Removed
 from virtio_bdev.qos import RateLimits
-from virtio_bdev.registry import DEFAULT_NAMES
+from virtio_bdev.registry import DEFAULT_NAMES, kind_of
 from virtio_bdev.rpc.errors import RpcError, no_device
 
 log = logging.getLogger("virtio.rpc")
@@ -79,7 +79,8 @@ class System:
 
     def _free_name(self, spec: BdevSpec) -> str:
         """The next default name: decided here, so that it does not depend on who attaches faster."""
-        names = (f"{DEFAULT_NAMES[spec.dev_type]}{number}" for number in itertools.count())
+        prefix = DEFAULT_NAMES[kind_of(spec.address, spec.dev_type)]
+        names = (f"{prefix}{number}" for number in itertools.count())
         return next(name for name in names if name not in self.held and name not in self._names)
 
     def _wake(self, name: str) -> None:
@@ -108,6 +109,7 @@ class System:
             name: dataclasses.replace(
                 held.spec,
                 name=name,
+                dev_type=held.controller.blocking.dev_type,
                 queues=len(held.controller.blocking.device.leases),
                 queue_size=held.controller.blocking.device.queue_size,
             )
