@@ -30,6 +30,10 @@ PEERS = [
     ),
     ("mkfs.ext4", "e2fsprogs", "makes a disk image with something in it"),
     ("debugfs", "e2fsprogs", "reads files out of an ext4 image"),
+    ("virtiofsd", "qemu-system-common", "gives a guest its root"),
+    ("busybox", "busybox-static", "the first program of a guest"),
+    ("cpio", "cpio", "packs what a guest begins with"),
+    ("depmod", "kmod", "what kernel modules need"),
     ("sg_decode_sense", "sg3-utils", "decodes SCSI sense data"),
 ]
 
@@ -57,7 +61,8 @@ def say(text):
 
 def find(program):
     """Where a program is, or None; administrators' programs too, which a user's PATH may leave out."""
-    return shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin")
+    folders = ":/usr/local/sbin:/usr/sbin:/sbin:/usr/libexec:/usr/lib/qemu"
+    return shutil.which(program, path=os.environ.get("PATH", "") + folders)
 
 
 def run(argv, **options):
