@@ -29,6 +29,7 @@ PEERS = [
         "a guest that boots from our target, and PCI devices without a guest",
     ),
     ("mkfs.ext4", "e2fsprogs", "makes a disk image with something in it"),
+    ("e2fsck", "e2fsprogs", "checks a file system"),
     ("debugfs", "e2fsprogs", "reads files out of an ext4 image"),
     ("virtiofsd", "qemu-system-common", "gives a guest its root"),
     ("busybox", "busybox-static", "the first program of a guest"),

@@ -221,13 +221,15 @@ class Guest:
 
     def _fail(self, what: str) -> NoReturn:
         said = ""
-        if self._process.poll() is not None and self._process.stderr is not None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1)
+            assert self._process.stderr is not None
             said = self._process.stderr.read().decode(errors="replace")
         console = self._said.decode(errors="replace")[-3000:]
         raise GuestError(f"the guest {what}: {said}\n--- the end of its console:\n{console}")
 
     def run(self, *argv: str, timeout: float = 60.0, check: bool = True, user: int = 0) -> Result:
-        """Run a command there, as a `user`; GuestError if it fails, unless `check` says not to look."""
+        """Run a command there, as a `user` who may read what this checkout needs; GuestError if it fails, unless `check` says not to look."""
         with self._lock:
             self._agent.settimeout(timeout + 20)
             wish = {"argv": argv, "timeout": timeout, "user": user}

@@ -1,5 +1,6 @@
 """QEMU's monitor (QMP), on one end of a socket pair."""
 
+import contextlib
 import json
 import socket
 from collections.abc import Callable
@@ -38,7 +39,9 @@ class Monitor:
 
     def receive(self) -> dict[str, Any]:
         """The next message."""
-        line = self._lines.readline()
+        line = ""
+        with contextlib.suppress(ConnectionResetError):
+            line = self._lines.readline()
         if not line:
             self._fail("ended")
         answer: dict[str, Any] = json.loads(line)

@@ -9,7 +9,9 @@ import threading
 from collections.abc import Iterable, Iterator
 
 from virtio.errors import ProtocolError, RequestTimeout
+from virtio.ring.doorbell import Doorbell
 from virtio.ring.lease import Lease, deadline_in
+from virtio.transport.base import QueuePort
 from virtio.wire.blk import BlkFeature
 from virtio.wire.virtio import feature_names
 from virtio.wire.virtio_scsi import (
@@ -39,6 +41,7 @@ from .scsi_errors import Doubt
 log = logging.getLogger("virtio.scsi")
 
 _CONTROL, _EVENTS = 0, 1  # the queues before the request queues (5.6.2)
+_NO_PORT = QueuePort(Doorbell(), -1)
 _NOT_SCSI = DEVICE_BITS & ~0xF  # feature bits that virtio-scsi has no names for
 
 
@@ -56,6 +59,7 @@ class ScsiDevice(Device):
     config: ScsiConfig
     _control: Lease
     _events: EventQueue | None = None
+    _event_port: QueuePort
 
     def _configure(self) -> None:
         transport = self.transport
@@ -126,6 +130,7 @@ class ScsiDevice(Device):
                 steps.callback(self._events.detach)
                 self._events.silence()
             super().close()
+            self._event_port = _NO_PORT  # the doorbell may be memory of the device
 
     # Which units there are.
 
