@@ -1,5 +1,6 @@
 """The configuration file: what is taken from it, and what is said of a bad one."""
 
+import functools
 import inspect
 from dataclasses import FrozenInstanceError, fields
 
@@ -7,7 +8,9 @@ import pytest
 from hypothesis import example, given, strategies as st
 
 import virtio_bdev
+from tests.transport.fake_bus import FakeBus
 from virtio.target import serve
+from virtio.transport import sysfs
 from virtio_bdev.config import OPTIONS, BdevSpec, ConfigError, load
 
 
@@ -61,6 +64,7 @@ def test_more_words_name_the_device_its_type_and_its_queues(parse):
 \tdev USER /run/blk.0 blk name=Fast0 queues=4   # the fast one
 Dev User "/run/with space#1" timeout=.5 at_least=1 queue_size=128 dev_type=scsi\r
 Dev User /run/a#b
+Dev pci 00:1F.0 name=Slow0 queues=1
 [Nvme]
 Dev User /not/ours
 [Virtio]
@@ -69,11 +73,12 @@ Dev User relative"-"path
     config = parse(text)
     assert specs(config) == [
         BdevSpec(address="user:/run/blk.0", dev_type="blk", name="Fast0", queues=4),
-        BdevSpec(address="user:/run/with space#1", timeout=0.5, at_least=1, queue_size=128),
+        BdevSpec(address="user:/run/with space#1", dev_type="scsi", timeout=0.5, at_least=1, queue_size=128),
         BdevSpec(address="user:/run/a#b"),
+        BdevSpec(address="pci:0000:00:1f.0", name="Slow0", queues=1),
         BdevSpec(address="user:relative-path"),
     ]
-    assert [line.where.rpartition(":")[2] for line in config.lines] == ["6", "7", "8", "12"]
+    assert [line.where.rpartition(":")[2] for line in config.lines] == ["6", "7", "8", "9", "13"]
     assert config.ignored == ["[Global]", "[Nvme]"]
 
 
@@ -110,9 +115,9 @@ Dev User relative"-"path
         ("Dev User /x\x1b[2J", "2: '\\x1b': want printable text"),
         ("Dev User /" + 5000 * "x", "2: want at most 4096 bytes in a line, not 5010"),
         (b"Dev User /\xff", "2: b'\\xff': want UTF-8"),
-        ("Dev Pci", "2: 'Pci': want Dev User PATH: PCI devices are not supported yet"),
-        ("Dev Pci 0000:00:04.0 blk name=x", "2: 'Pci': want Dev User PATH: PCI devices are not"),
-        ("Dev Pci 00:04.0", "2: 'Pci': want Dev User PATH: PCI devices are not supported yet"),
+        ("Dev Pci name=x", "2: 'name=x': want the address of one device after Dev Pci, if it has a name"),
+        ("Dev Pci\nDev Pci blk", "3: 'Pci': want Dev Pci for all devices only once: it is in line 2 already"),
+        ("Dev Pci 00:04.0\nDev Pci 0000:00:04.0", "3: '0000:00:04.0': want each only once: it is in line 2"),
         ("Dev Pci 00:24.0", "2: '00:24.0': want a PCI address such as 0000:00:04.0"),
         ("Dev Pci 00:04.0 queues=x", "2: 'queues=x': want a number from 1 to 99999"),
         ("Dev User /a\nDev User /a blk", "3: '/a': want each only once: it is in line 2 already"),
@@ -127,6 +132,30 @@ def test_a_bad_line_is_named_with_the_word_and_what_was_expected(parse, line, wo
         parse(head + (line if isinstance(line, bytes) else line.encode()))
     assert words in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+def test_dev_pci_alone_is_all_devices_that_are_left_to_programs(parse, monkeypatch, tmp_path):
+    bus = FakeBus(tmp_path)
+    bus.add("0000:00:05.0", 0x1042, "vfio-pci", group=3)
+    bus.add("0000:00:04.0", 0x1048, "uio_pci_generic")
+    bus.add("0000:00:06.0", 0x1001, "vfio-pci", group=4)
+    bus.add("0000:00:07.0", 0x1042, "virtio-pci", group=5)
+    bus.add("0000:00:08.0", 0x1041, "vfio-pci", group=6)  # a network device
+    monkeypatch.setattr(sysfs, "functions", functools.partial(sysfs.functions, bus.root))
+    text = "[Virtio]\nDev Pci queues=2\nDev User /x\nDev Pci 00:06.0 name=Own"
+    config = parse(text)
+    assert specs(config) == [
+        BdevSpec(address="pci:0000:00:04.0", queues=2),
+        BdevSpec(address="pci:0000:00:05.0", queues=2),
+        BdevSpec(address="user:/x"),
+        BdevSpec(address="pci:0000:00:06.0", name="Own"),
+    ]
+    assert [line.where.rpartition(":")[2] for line in config.lines] == ["2", "2", "3", "4"]
+    assert [spec.address for spec in specs(parse("[Virtio]\nDev Pci scsi"))] == ["pci:0000:00:04.0"]
+    monkeypatch.setattr(sysfs, "functions", list)
+    with pytest.raises(ConfigError, match="2: 'Pci': want a virtio device that is bound to vfio-pci or"):
+        parse("[Virtio]\nDev Pci")
+    assert len(specs(parse("[Virtio]\nDev Pci\nDev User /x"))) == 1
 
 
 def test_a_line_before_any_section_is_refused(parse):

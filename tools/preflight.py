@@ -31,6 +31,7 @@ PEERS = [
     ("mkfs.ext4", "e2fsprogs", "makes a disk image with something in it"),
     ("e2fsck", "e2fsprogs", "checks a file system"),
     ("debugfs", "e2fsprogs", "reads files out of an ext4 image"),
+    ("apt-get", "apt", "downloads the kernel of a guest"),
     ("virtiofsd", "qemu-system-common", "gives a guest its root"),
     ("busybox", "busybox-static", "the first program of a guest"),
     ("cpio", "cpio", "packs what a guest begins with"),

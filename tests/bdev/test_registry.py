@@ -101,7 +101,8 @@ def test_queues_are_as_many_as_asked_or_cores_or_an_error():
     [
         ("/tmp/x", {}, "want user:PATH"),
         ("user:", {}, "want user:PATH"),
-        ("pci:0000:00:04.0", {}, "want user:PATH"),
+        ("pci:0000:00:24.0", {}, "want user:PATH.*, or pci:0000:00:04.0"),
+        ("pci:0000:00:04.0", {"reconnect": 1}, "only a socket can be connected to again"),
         ("user:/x", {"dev_type": "nvme"}, "want one of blk, scsi"),
         ("user:/x", {"queues": 0}, "queues 0, want 1 or more"),
         ("user:/x", {"queue_size": 100}, "queue_size 100, want a power of two"),

@@ -1,7 +1,7 @@
-"""A real Linux in QEMU, without hardware support: it boots in seconds, and runs what this checkout has installed.
+"""A real Linux in QEMU, without hardware support: it boots in seconds, and runs what is installed here.
 
-Its kernel is Debian's, unpacked and not installed; its root is this machine's file tree, read-only, over virtiofs, so that
-nothing is built for it. Commands go to `guest_agent` over a serial line.
+Its kernel is Debian's, unpacked and not installed; its root is this machine's file tree, read-only, over
+virtiofs, so that nothing is built for it. Commands go to `guest_agent` over a serial line.
 
     python -m tests.peers.guest [--no-iommu] [--disk FILE]... [-- COMMAND...]
 """
@@ -29,9 +29,8 @@ CACHE = HERE / "build" / "guest"  # what was downloaded; `make clean` takes it
 
 _BOOT_S = 90.0
 _MEMORY = "1G"
-_MODULES = (
-    "virtio_pci virtiofs virtio_blk virtio_scsi sd_mod vfio-pci vfio_iommu_type1 uio_pci_generic ext4 crc32c_generic"
-)
+_MODULES = "virtio_pci virtiofs virtio_blk virtio_scsi sd_mod ext4 crc32c_generic"
+_USER_MODULES = "vfio-pci vfio_iommu_type1 uio_pci_generic"
 _INIT = """#!/bin/busybox sh
 export PATH=/bin
 /bin/busybox --install -s /bin
@@ -59,20 +58,30 @@ class GuestError(AssertionError):
 
 
 def kernel() -> Path:
-    """The folder of an unpacked kernel: downloaded, if it is not in the cache."""
+    """An unpacked kernel, downloaded if it is not in the cache; its modules are beside it."""
+    program("apt-get")
     found = sorted(CACHE.glob("tree/boot/vmlinuz-*"))
     if not found:
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            depends = _run("apt-cache", "depends", "linux-image-cloud-amd64")
-            match = re.search(r"Depends: (linux-image-[0-9]\S+)", depends)
-            assert match is not None, depends
-            _run("apt-get", "download", match[1], cwd=folder)
+            try:
+                _download(folder)
+            except GuestError:
+                _run("apt-get", "update")
+                _download(folder)
             (package,) = Path(folder).glob("*.deb")
             _run("dpkg-deb", "-x", str(package), f"{folder}/tree")
             os.rename(f"{folder}/tree", CACHE / "tree")
         found = sorted(CACHE.glob("tree/boot/vmlinuz-*"))
     return found[-1]
+
+
+def _download(folder: str) -> None:
+    depends = _run("apt-cache", "depends", "linux-image-cloud-amd64")
+    match = re.search(r"Depends: (linux-image-[0-9]\S+)", depends)
+    if match is None:
+        raise GuestError(f"no linux-image-cloud-amd64: {depends}")
+    _run("apt-get", "download", match[1], cwd=folder)
 
 
 def _run(*argv: str, cwd: str | Path | None = None) -> str:
@@ -100,7 +109,7 @@ def _initramfs(image: Path, folder: Path) -> Path:
         if path not in order:
             order.append(path)
 
-    for name in _MODULES.split():
+    for name in f"{_MODULES} {_USER_MODULES}".split():
         if (key := name.replace("-", "_")) in by_name:  # else it is built in
             add(by_name[key])
     root = folder / "root"
@@ -117,7 +126,11 @@ def _initramfs(image: Path, folder: Path) -> Path:
     names = "\n".join(str(path.relative_to(root)) for path in sorted(root.rglob("*")))
     with open(archive, "wb") as file:
         subprocess.run(
-            [program("cpio"), "-o", "-H", "newc", "--quiet"], input=names.encode(), cwd=root, stdout=file, check=True
+            [program("cpio"), "-o", "-H", "newc", "--quiet"],
+            input=names.encode(),
+            cwd=root,
+            stdout=file,
+            check=True,
         )
     return archive
 
@@ -169,7 +182,9 @@ class Guest:
         iommu: bool,
         huge: int,
     ) -> None:
-        (self._agent, agent), (console, their_console), (qmp, their_qmp) = (socket.socketpair() for _ in range(3))
+        (self._agent, agent), (console, their_console), (qmp, their_qmp) = (
+            socket.socketpair() for _ in range(3)
+        )
         machine = "q35,memory-backend=ram" + (",kernel-irqchip=split" if iommu else "")
         words = f"console=ttyS0 panic=-1 tsc=reliable no_timer_check quiet hugepages={huge}"
         if iommu:
@@ -179,7 +194,12 @@ class Guest:
                 [qemu, "-machine", machine, "-accel", "tcg,thread=multi", "-cpu", "qemu64", "-smp", "2"]
                 + ["-m", _MEMORY, "-object", f"memory-backend-memfd,id=ram,size={_MEMORY},share=on"]
                 + (["-device", "intel-iommu,intremap=on,caching-mode=on"] if iommu else [])
-                + ["-chardev", f"socket,id=fs,path={folder}/fs", "-device", "vhost-user-fs-pci,chardev=fs,tag=host"]
+                + [
+                    "-chardev",
+                    f"socket,id=fs,path={folder}/fs",
+                    "-device",
+                    "vhost-user-fs-pci,chardev=fs,tag=host",
+                ]
                 + ["-nodefaults", "-display", "none", "-no-reboot"]
                 + ["-chardev", f"socket,id=console,fd={their_console.fileno()}", "-serial", "chardev:console"]
                 + ["-chardev", f"socket,id=agent,fd={agent.fileno()}", "-serial", "chardev:agent"]
@@ -229,7 +249,10 @@ class Guest:
         raise GuestError(f"the guest {what}: {said}\n--- the end of its console:\n{console}")
 
     def run(self, *argv: str, timeout: float = 60.0, check: bool = True, user: int = 0) -> Result:
-        """Run a command there, as a `user` who may read what this checkout needs; GuestError if it fails, unless `check` says not to look."""
+        """Run a command there, as a `user` who may read what this checkout needs.
+
+        GuestError if it fails, unless `check` says not to look.
+        """
         with self._lock:
             self._agent.settimeout(timeout + 20)
             wish = {"argv": argv, "timeout": timeout, "user": user}
@@ -238,6 +261,16 @@ class Guest:
         if check and result.status:
             raise GuestError(f"{' '.join(argv)}: status {result.status}\n{result.stdout}{result.stderr}")
         return result
+
+    def evaluate(self, expression: str) -> Any:
+        """What an expression is there, in Python, with `virtio.transport.sysfs` as `sysfs`."""
+        with self._lock:
+            self._agent.settimeout(60)
+            self._agent.sendall(json.dumps({"python": expression}).encode() + b"\n")
+            result = Result(**self._hear())
+        if result.status:
+            raise GuestError(f"{expression}: {result.stderr}")
+        return json.loads(result.stdout)
 
     def qmp(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
         """Run a monitor command of its QEMU, and return what it returns."""

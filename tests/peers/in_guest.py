@@ -1,7 +1,7 @@
 """What tests/peers/test_guest.py runs in the guest, with the package as it is installed here.
 
-    in_guest.py fill CONFIG SEED    attach CONFIG, write and verify 16 MiB of each disk; prints what it saw
-    in_guest.py hold ADDRESS        attach, read on and on, and print a line for whatever happens
+in_guest.py fill CONFIG SEED    attach CONFIG, write and verify 16 MiB of each disk; prints what it saw
+in_guest.py hold ADDRESS        attach, read on and on, and print a line for whatever happens
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import virtio_bdev
 from virtio_bdev import Lost, config
+from virtio_bdev.channel import Wait
 
 NBYTES = 16 << 20
 _CHUNK = 1 << 20
@@ -29,10 +30,11 @@ def fill(path: str, seed: int) -> None:
         for name, bdev in controller.items():
             data = random.Random(f"{seed} {name}").randbytes(min(NBYTES, bdev.size))
             counts = {}
-            for wait, places in ("poll", range(0, len(data), 2 * _CHUNK)), (
-                "event",
-                range(_CHUNK, len(data), 2 * _CHUNK),
-            ):
+            ways: list[tuple[Wait, range]] = [
+                ("poll", range(0, len(data), 2 * _CHUNK)),
+                ("event", range(_CHUNK, len(data), 2 * _CHUNK)),
+            ]
+            for wait, places in ways:
                 counted = interrupts()
                 with bdev.open(wait=wait, timeout=30) as channel:
                     for at in places:

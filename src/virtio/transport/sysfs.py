@@ -118,7 +118,7 @@ class PciFunction:
     def _probe(self, driver: str | None) -> PciFunction:
         _write(_bus(self.path) / "drivers_probe", self.address)
         end = time.monotonic() + _WAIT_S
-        while (now := self.again()).driver is None or (driver is not None and now.driver != driver):
+        while (now := self.again()).driver is None or not _is_it(now.driver, driver):
             if time.monotonic() > end:
                 raise TransportError(
                     errno.ETIMEDOUT,
@@ -168,6 +168,11 @@ def look(address: str, root: Path = _ROOT) -> PciFunction | None:
 def has_driver(driver: str, root: Path = _ROOT) -> bool:
     """Whether the kernel has a driver at the moment."""
     return (root / "drivers" / driver).exists()
+
+
+def _is_it(driver: str, wanted: str | None) -> bool:
+    """Whether that is the driver wanted; None: one of the kernel's own."""
+    return driver not in USER_DRIVERS if wanted is None else driver == wanted
 
 
 def _bus(path: Path) -> Path:
@@ -248,12 +253,16 @@ def _lines(path: str) -> Iterator[list[str]]:
 
 
 def _who_has(nodes: set[str]) -> Iterator[str]:
+    wanted = {os.path.realpath(node) for node in nodes}
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            links = {_resolved(os.readlink(link)) for link in (process / "fd").iterdir()}
-            if links & {_resolved(node) for node in nodes}:
+        with contextlib.suppress(OSError):  # it has ended, or is not ours to look at
+            if any(_target_of(link) in wanted for link in (process / "fd").iterdir()):
                 yield f"{process.name} ({(process / 'comm').read_text().strip()})"
 
 
-def _resolved(path: str) -> str:
-    return os.path.realpath(path) if path.startswith("/") else path
+def _target_of(link: Path) -> str:
+    """What a process has open; nothing, once it has closed that."""
+    try:
+        return os.readlink(link)
+    except OSError:
+        return ""

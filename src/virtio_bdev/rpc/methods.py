@@ -20,10 +20,12 @@ from virtio_bdev import saved
 from virtio_bdev.bdev import Bdev
 from virtio_bdev.rpc import logs
 from virtio_bdev.rpc.errors import INTERNAL_ERROR, INVALID_PARAMS, METHOD_NOT_FOUND, RpcError
+from virtio_bdev.rpc.hotplug import Hotplug
 from virtio_bdev.rpc.system import System
 from virtio_bdev.stats import IoCounts, IoStats
 
 _MAX_WAIT_S = 3600.0
+_HOTPLUG_US, _MAX_HOTPLUG_US = 100_000, 10_000_000
 _TICK_RATE = 1_000_000_000  # of iostat: nanoseconds
 
 
@@ -111,6 +113,24 @@ async def bdev_virtio_scsi_get_devices(system: System, params: _Nothing) -> obje
         if isinstance(device, ScsiDevice):
             found.append({"name": name, "virtio": held.controller.blocking.describe()})
     return found
+
+
+class _SetHotplug(msgspec.Struct, forbid_unknown_fields=True):
+    enable: bool
+    period_us: int = 0
+
+
+@_method(_SetHotplug)
+async def bdev_virtio_blk_set_hotplug(system: System, params: _SetHotplug) -> object:
+    if params.period_us < 0:
+        raise RpcError(INVALID_PARAMS, f"Invalid parameters: period_us {params.period_us}, want 0 or more")
+    period = min(params.period_us or _HOTPLUG_US, _MAX_HOTPLUG_US) / 1e6
+    before, system.hotplug = system.hotplug, None
+    if before is not None:
+        await before.close()
+    if params.enable and system.hotplug is None:
+        system.hotplug = Hotplug(system, period)
+    return True
 
 
 class _GetBdevs(msgspec.Struct, forbid_unknown_fields=True):

@@ -11,7 +11,7 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from virtio.errors import VirtioError
 from virtio_bdev import aio
@@ -35,6 +35,12 @@ class Notification(NamedTuple):
     id: int
 
 
+class Closing(Protocol):
+    """What is to be closed before the controllers are."""
+
+    async def close(self) -> None: ...
+
+
 class Held(NamedTuple):
     """A controller, and what attaches it again."""
 
@@ -54,6 +60,7 @@ class System:
         self.held: dict[str, Held] = {}
         self.notifications: deque[Notification] = deque(maxlen=_NOTIFICATIONS)
         self.on_lost: Callable[[str, VirtioError], None] = lambda name, error: None
+        self.hotplug: Closing | None = None
         self._changed = asyncio.Event()  # set, and replaced, whenever a disk comes or goes
         self._next = self._count = 0
         self._names: set[str] = set()  # of those on their way
@@ -99,6 +106,8 @@ class System:
 
     async def close(self) -> None:
         """Detach all of them, at the same time."""
+        if self.hotplug is not None:
+            await self.hotplug.close()
         names = list(self.held)
         await asyncio.gather(*map(self.detach, names), return_exceptions=True)
         await asyncio.gather(*self._closing, return_exceptions=True)
