@@ -23,6 +23,7 @@ MODULES = [
     "virtio.ring.device",
     "virtio.ring.doorbell",
     "virtio.ring.load",
+    "virtio.ring.packed",
     "virtio.ring.requests",
     "virtio.ring.split",
     "virtio.ring.stats",

@@ -171,7 +171,6 @@ def test_of_all_bits_only_those_that_make_sense_here_are_accepted(kind):
         F.LOG_ALL: "FEA-3",
         F.ANY_LAYOUT: "FEA-3",
         F.ACCESS_PLATFORM: "RFB-2",
-        F.RING_PACKED: "FEA-3",
         F.IN_ORDER: "SPL-5",
         F.SR_IOV: "RFB-5",
         F.NOTIFICATION_DATA: "FEA-3",

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 from tests.model.memory import Fault, Memory, Region
 from tests.model.options import Options
+from tests.model.packed import PackedRing
 from tests.model.ring import Chain, Ring, negotiated
 from tests.model.wire import (
     CONFIG,
@@ -574,7 +575,8 @@ class Session:
                 self.violate("INI-1", f"{name} before the features were agreed")
             if (self.protocol or 0) & P.STATUS and not (self.status & Status.FEATURES_OK and self.rereads):
                 self.violate("INI-1", f"{name} before FEATURES_OK was read back")
-            ring = Ring(index, self.options, self.violate)
+            kind = PackedRing if (self.features or 0) & F.RING_PACKED else Ring
+            ring = kind(index, self.options, self.violate)
             ring.memory = self.memory
             negotiated(ring, self.features or 0)
             ring.enabled = not (self.features or 0) & F.PROTOCOL_FEATURES
@@ -603,7 +605,7 @@ class Session:
     def _set_vring_base(self, payload: bytes, fds: list[int]) -> None:
         index, num = VRING_STATE.unpack(payload)
         ring = self._ring(index, "SET_VRING_BASE")
-        if num > 0xFFFF:
+        if num > 0xFFFF and not isinstance(ring, PackedRing):
             self.violate("VHU-10", f"SET_VRING_BASE of ring {index}: {num:#x}")
         if index in self._stopped and num not in (0, self._stopped[index]):
             self.violate("VHU-10", f"ring {index} stopped at {self._stopped[index]}, base is {num}")

@@ -37,10 +37,13 @@ VARIANTS = {
     "legacy-only, indirect_desc=off": "disable-legacy=off,disable-modern=on,indirect_desc=off",
     "event_idx=off": "disable-legacy=on,event_idx=off",
     "indirect_desc=off": "disable-legacy=on,indirect_desc=off",
+    "packed": "disable-legacy=on,packed=on",
+    "packed, event_idx=off": "disable-legacy=on,packed=on,event_idx=off",
+    "packed, indirect_desc=off": "disable-legacy=off,packed=on,indirect_desc=off",
+    "packed, neither": "disable-legacy=on,packed=on,event_idx=off,indirect_desc=off",
     "neither": "disable-legacy=off,event_idx=off,indirect_desc=off",
     "iommu_platform": "disable-legacy=on,iommu_platform=on",
     "port notify": "disable-legacy=on,modern-pio-notify=on",
-    "packed offered": "disable-legacy=on,packed=on",
     "page per vq": "disable-legacy=on,page-per-vq=on",
 }
 
@@ -113,7 +116,7 @@ def test_what_is_written_is_in_the_file(tmp_path, kind, variant, queues):
             assert not bool(features & Feature.EVENT_IDX) == ("event_idx=off" in VARIANTS[variant])
             assert not controller.device.indirect == ("indirect_desc=off" in VARIANTS[variant])
             assert bool(features & Feature.ACCESS_PLATFORM) == (variant == "iommu_platform")
-            assert not features & Feature.RING_PACKED
+            assert bool(features & Feature.RING_PACKED) == variant.startswith("packed")
             legacy = variant.startswith("legacy")
             assert controller.device.transport.legacy == legacy == (not features & Feature.VERSION_1)
             bdevs = list(controller.values())
@@ -127,7 +130,9 @@ def test_what_is_written_is_in_the_file(tmp_path, kind, variant, queues):
 
 
 @pytest.mark.parametrize("shift", [12, 21])
-@pytest.mark.parametrize("variant", ["modern", "legacy-only", "neither", "legacy-only, indirect_desc=off"])
+@pytest.mark.parametrize(
+    "variant", ["modern", "packed", "legacy-only", "neither", "legacy-only, indirect_desc=off"]
+)
 @kinds
 def test_memory_in_pages_is_as_good(tmp_path, kind, variant, shift):
     """As it is without an IOMMU: a descriptor that went on past the end of a page would hit another."""
@@ -224,7 +229,7 @@ def test_without_msix_all_queues_share_the_line(tmp_path, kind, variant):
         assert machine.qtest.load_config(SLOT, 6, 2) & 8 == 0, "the line is down"
 
 
-LIVES = ["modern", "transitional", "legacy-only", "event_idx=off", "indirect_desc=off"]
+LIVES = ["modern", "transitional", "legacy-only", "event_idx=off", "indirect_desc=off", "packed"]
 
 
 @pytest.mark.parametrize("queues", [1, 4])

@@ -183,10 +183,10 @@ def test_of_all_feature_bits_only_those_that_make_sense_are_accepted():
     accepted = negotiate(transport, BlkFeature, BlkDevice.WANTED, 0)
     seen = device.accepted
     transport.close()
-    rings = Feature.VERSION_1 | Feature.INDIRECT_DESC | Feature.EVENT_IDX | Feature.RING_RESET
+    rings = Feature.INDIRECT_DESC | Feature.EVENT_IDX | Feature.RING_PACKED | Feature.RING_RESET
     platform = Feature.ACCESS_PLATFORM | Feature.ORDER_PLATFORM | Feature.NOTIF_CONFIG_DATA
-    assert accepted == seen == BlkDevice.WANTED | rings | platform
-    assert not accepted & (1 << 30 | Feature.RING_PACKED | Feature.SR_IOV | Feature.ADMIN_VQ)
+    assert accepted == seen == BlkDevice.WANTED | Feature.VERSION_1 | rings | platform
+    assert not accepted & (1 << 30 | Feature.SR_IOV | Feature.ADMIN_VQ)
     assert device.violations == []
 
 

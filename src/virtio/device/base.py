@@ -22,8 +22,8 @@ from virtio.errors import (
     TransportError,
     VirtioError,
 )
-from virtio.ring import split
 from virtio.ring.buffer import Buffer, address_of
+from virtio.ring.format import LEGACY, PACKED, SPLIT, RingFormat
 from virtio.ring.lease import Lease, deadline_in
 from virtio.ring.region import Pool, Region
 from virtio.ring.requests import ONE_PAGE, Layout, RequestQueue, most_segments, queue_bytes
@@ -207,7 +207,7 @@ class Device(ABC):
         assert self._region is not None
         size = self._fitting(index)
         memory = self.pool.take(
-            queue_bytes(size, layout, segments, self.indirect, align=self._align, page=self._page)
+            queue_bytes(size, layout, segments, self.indirect, form=self._form, page=self._page)
         )
         queue = RequestQueue(
             memory,
@@ -220,7 +220,7 @@ class Device(ABC):
             indirect=self.indirect,
             event_idx=self._event_idx,
             number=index,
-            align=self._align,
+            form=self._form,
         )
         self._queues.append(queue)
         port = self._connect(index, size, memory)
@@ -234,16 +234,16 @@ class Device(ABC):
         assert self._region is not None
         if all(index != known for known, _, _ in self._rings):
             self._rings.append((index, size, memory))
-        available, used, _ = split.areas(size, self._align)
+        driver, device, _ = self._form.areas(size)
         at = memory.offset
-        return self.transport.setup_queue(
-            index, RingAreas(self._region, size, at, at + available, at + used), 0
-        )
+        areas = RingAreas(self._region, size, at, at + driver, at + device, self._form)
+        return self.transport.setup_queue(index, areas, 0)
 
     @property
-    def _align(self) -> int:
-        """Of the used rings."""
-        return split.LEGACY_ALIGN if self.transport.legacy else split.ALIGN
+    def _form(self) -> RingFormat:
+        if self.transport.legacy:
+            return LEGACY
+        return PACKED if self.features & Feature.RING_PACKED else SPLIT
 
     @property
     def _event_idx(self) -> bool:

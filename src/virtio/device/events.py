@@ -10,12 +10,13 @@ from collections.abc import Callable
 
 from virtio import control
 from virtio.errors import ProtocolError
-from virtio.ring import split
 from virtio.ring.buffer import Buffer
 from virtio.ring.doorbell import Doorbell
+from virtio.ring.format import SPLIT, RingFormat
 from virtio.ring.lease import Life
 from virtio.ring.region import Mapping
 from virtio.transport.base import QueuePort
+from virtio.wire.virtio import DESC_WRITE
 from virtio.wire.virtio_scsi import Event
 
 log = logging.getLogger("virtio.scsi")
@@ -41,18 +42,18 @@ class EventQueue:
         life: Life,
         *,
         event_idx: bool,
-        align: int = split.ALIGN,
+        form: RingFormat = SPLIT,
     ) -> None:
         self._memory = memory
         self._life = life
-        self._first, self._step = _shape(size, event_bytes, align)
-        self._ring = split.SplitRing(memory.view()[: self._first], size, event_idx=event_idx, align=align)
+        self._first, self._step = _shape(size, event_bytes, form)
+        self._ring = form.ring(memory.view()[: self._first], size, event_idx)
         self._doorbell = Doorbell()
         self._fd = -1
         self._timer: control.Timer | None = None
         for head in range(min(size, BUFFERS)):
             address = mapping.iova(memory.offset + self._first + head * self._step)
-            self._ring.describe(head, address, self._step, split.WRITE, 0)
+            self._ring.describe(head, address, self._step, DESC_WRITE, 0)
         self._fill()
 
     def _fill(self) -> None:
@@ -127,14 +128,14 @@ class EventQueue:
         return event if self._ring.used_length >= _NBYTES else None
 
 
-def event_queue_bytes(size: int, event_bytes: int, align: int = split.ALIGN) -> int:
+def event_queue_bytes(size: int, event_bytes: int, form: RingFormat = SPLIT) -> int:
     """How much shared memory an event queue takes."""
-    first, step = _shape(size, event_bytes, align)
+    first, step = _shape(size, event_bytes, form)
     return first + min(size, BUFFERS) * step
 
 
-def _shape(size: int, event_bytes: int, align: int) -> tuple[int, int]:
+def _shape(size: int, event_bytes: int, form: RingFormat) -> tuple[int, int]:
     """Where the buffers begin, and from one to the next: none of them straddles two pages."""
     nbytes = min(max(event_bytes, _NBYTES), _MOST_NBYTES)
     step = max(64, 1 << (nbytes - 1).bit_length())
-    return -(-split.areas(size, align)[2] // step) * step, step
+    return -(-form.areas(size)[2] // step) * step, step

@@ -98,7 +98,7 @@ class ScsiDevice(Device):
             self._control = self._request_queue(index, CONTROL_LAYOUT, 1, 1)
             return
         size, nbytes = self._fitting(index), self.config.event_info_size
-        memory = self.pool.take(event_queue_bytes(size, nbytes, self._align))
+        memory = self.pool.take(event_queue_bytes(size, nbytes, self._form))
         self._events = EventQueue(
             memory,
             self._mapping,
@@ -106,7 +106,7 @@ class ScsiDevice(Device):
             nbytes,
             self.life,
             event_idx=self._event_idx,
-            align=self._align,
+            form=self._form,
         )
         self._event_port = self._connect(index, size, memory)
 

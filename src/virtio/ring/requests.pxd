@@ -26,6 +26,7 @@ from virtio.ring._mem cimport (
 from virtio.ring._os cimport now_ns, relax, ticks
 from virtio.ring.doorbell cimport Doorbell
 from virtio.ring.load cimport Load
+from virtio.ring.packed cimport PackedRing
 from virtio.ring.split cimport SplitRing
 from virtio.ring.stats cimport Stats
 
@@ -82,10 +83,12 @@ cdef class Task:
 
 @cython.final
 cdef class RequestQueue:
-    cdef readonly SplitRing ring
+    cdef readonly object ring
+    cdef SplitRing _split
+    cdef PackedRing _packed
     cdef readonly uint32_t slots, segments, orphans, orphan_changes
     cdef readonly uint64_t segment_bytes
-    cdef readonly bint indirect
+    cdef readonly bint indirect, packed
     cdef public bint broken, taken, entered, awaited, woken
     cdef list _kept
     cdef object _buffer, _layout, _region_view, _table_array
@@ -142,6 +145,16 @@ cdef class RequestQueue:
     @cython.locals(address=uint64_t, entry=size_t, first=uint32_t, following=uint32_t)
     cdef void _describe(self, uint32_t slot, size_t base, uint32_t index, uint32_t total,
                         uint64_t place, uint32_t nbytes, int flags) noexcept nogil
+    cdef void _describe_ring(
+        self, uint32_t index, uint64_t address, uint32_t length, uint16_t flags, uint16_t following
+    ) noexcept nogil
+    cdef void _redirect(self, uint32_t index, uint64_t address) noexcept nogil
+    @cython.locals(head=uint32_t)
+    cdef void _offer(self, uint32_t slot) noexcept nogil
+    @cython.locals(wanted=bint)
+    cdef bint _publish(self) noexcept nogil
+    @cython.locals(head=int)
+    cdef int _reap(self) noexcept nogil
     cdef uint64_t _iova(self, uint64_t place) noexcept nogil
     @cython.locals(size=uint64_t)
     cdef uint64_t _segment(self, uint64_t place, uint64_t nbytes) noexcept nogil

@@ -19,12 +19,12 @@ from __future__ import annotations
 import errno
 import itertools
 from array import array
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import cython
 
 from virtio.errors import RequestError
-from virtio.ring import split as _split
+from virtio.ring.format import SPLIT, RingFormat
 from virtio.ring.stats import OTHER, READ, UNMAP, WRITE
 
 if not cython.compiled:
@@ -50,7 +50,6 @@ if not cython.compiled:
     )
     from virtio.ring._os import now_ns, relax, ticks
     from virtio.ring.doorbell import Doorbell
-    from virtio.ring.split import SplitRing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -351,14 +350,14 @@ def queue_bytes(
     segments: int,
     indirect: bool,
     *,
-    align: int = _split.ALIGN,
+    form: RingFormat = SPLIT,
     page: int = ONE_PAGE,
 ) -> int:
     """How much shared memory a request queue of `size` descriptors takes.
 
     Where the device has it in pages of `page` bytes, as a `Pool` of such pages lends it.
     """
-    first, stride, _, _, slots = _shape(size, layout, segments, indirect, align, page)
+    first, stride, _, _, slots = _shape(size, layout, segments, indirect, form, page)
     return first + stride * slots
 
 
@@ -380,7 +379,7 @@ def _slot(layout: Layout) -> tuple[int, int]:
 
 
 def _shape(
-    size: int, layout: Layout, segments: int, indirect: bool, align: int, page: int
+    size: int, layout: Layout, segments: int, indirect: bool, form: RingFormat, page: int
 ) -> tuple[int, int, int, int, int]:
     """Where the slots begin; of one its bytes, where its response and its table begin; their number.
 
@@ -388,7 +387,7 @@ def _shape(
     """
     response, table = _slot(layout)
     stride = _up(table + (2 + segments) * 16, 64) if indirect else table
-    first = _split.areas(size, align)[2]
+    first = form.areas(size)[2]
     if page != ONE_PAGE:
         stride = 1 << (stride - 1).bit_length()
         first = _up(first, stride)
@@ -401,7 +400,7 @@ def _shape(
 
 
 class RequestQueue:
-    """Slots, templates and one split ring; one thread at a time, which its owner sees to.
+    """Slots, templates and one ring, split or packed; one thread at a time, which its owner sees to.
 
     Owns nothing but its private state: memory, doorbell and descriptors are its maker's.
 
@@ -425,19 +424,21 @@ class RequestQueue:
         indirect: bool,
         event_idx: bool,
         number: int = 0,
-        align: int = _split.ALIGN,
+        form: RingFormat = SPLIT,
     ) -> None:
-        """`memory` is `queue_bytes(...)` of `region`; data segments are at most `segment_bytes`, and the
-        used ring begins at a multiple of `align`.
+        """`memory` is `queue_bytes(...)` of `region`; data segments are at most `segment_bytes`.
 
         Queues of one device with different numbers give their requests different tags.
         """
         first, stride, response, table, slots = _shape(
-            size, layout, segments, indirect, align, 1 << mapping.shift
+            size, layout, segments, indirect, form, 1 << mapping.shift
         )
-        end = _split.areas(size, align)[2]
+        end = form.areas(size)[2]
         self._buffer: Buffer | None = memory  # keeps the region's bytes lent
-        self.ring = SplitRing(memory.view()[:end], size, event_idx=event_idx, align=align)
+        self.ring = form.ring(memory.view()[:end], size, event_idx)
+        self.packed = form.packed
+        self._split: Any = None if form.packed else self.ring  # the same, as what it is
+        self._packed: Any = self.ring if form.packed else None
         self.slots = slots
         self.segments, self.segment_bytes = segments, segment_bytes
         self.indirect = indirect
@@ -512,7 +513,7 @@ class RequestQueue:
         channel (owner 0), which come back without a result: nobody knows what became of them. What it
         had used before is not lost.
         """
-        while (head := self.ring.reap()) >= 0:
+        while (head := self._reap()) >= 0:
             store_u16(self._early, 2 * self._early_count, head)
             self._early_count += 1
         back = {load_u16(self._early, 2 * i) for i in range(self._early_count)}
@@ -533,7 +534,7 @@ class RequestQueue:
                 self._put_ended(slot)
             else:
                 self._poison(self._slots_at + self._stride * slot)
-                self.ring.offer(head)
+                self._offer(slot)
 
     @property
     def in_flight(self) -> int:
@@ -574,7 +575,7 @@ class RequestQueue:
 
     def kick(self) -> None:
         """Show the device what was submitted, and notify it if it asked for that."""
-        if self.ring.publish():
+        if self._publish():
             self._doorbell.ring()
 
     def poll(self, limit: int = 64, owner: int = 0) -> list[Finished]:
@@ -792,7 +793,7 @@ class RequestQueue:
             if load_acquire_u32(self._stop, 0):
                 return _PAUSED if load_acquire_u32(self._stop, 0) == _PAUSE else _LOST
             filled = self._fill(task)
-            if self.ring.publish():
+            if self._publish():
                 self._doorbell.ring()
             if filled < 0:
                 return _UNFIT
@@ -942,7 +943,7 @@ class RequestQueue:
         store_u64(self._records, record + _OFF, offset)
         store_u64(self._records, record + _DATA, data)
         store_u64(self._records, record + _TOKEN, token)
-        self.ring.offer(slot if self.indirect else slot * self._chain)
+        self._offer(slot)
         return slot
 
     def _poison(self, base: int) -> None:
@@ -990,7 +991,7 @@ class RequestQueue:
             self._describe_response(slot, base, index, total)
         if self.indirect:
             table = self._iova(base + self._table_at)
-            self.ring.describe(slot, table, 16 * total, _INDIRECT, 0)
+            self._describe_ring(slot, table, 16 * total, _INDIRECT, 0)
         return count
 
     def _move_data(self, slot: int, base: int, template: Template, data: int) -> None:
@@ -1000,7 +1001,7 @@ class RequestQueue:
         if self.indirect:
             store_u64(self._region, base + self._table_at + 16 * index, address)
         else:
-            self.ring.redirect(slot * self._chain + index, address)
+            self._redirect(slot * self._chain + index, address)
 
     def _describe_response(self, slot: int, base: int, index: int, total: int) -> None:
         response = base + self._response_at
@@ -1017,12 +1018,43 @@ class RequestQueue:
             entry = base + self._table_at + 16 * index
             store_u64(self._region, entry, address)
             store_u32(self._region, entry + 8, nbytes)
-            store_u16(self._region, entry + 12, flags)
-            store_u16(self._region, entry + 14, index + 1 if flags & _NEXT else 0)
+            if self.packed:  # no chain, whose order is that of the table (2.8.7)
+                store_u16(self._region, entry + 12, 0)
+                store_u16(self._region, entry + 14, flags & _WRITE)
+            else:
+                store_u16(self._region, entry + 12, flags)
+                store_u16(self._region, entry + 14, index + 1 if flags & _NEXT else 0)
         else:
             first = slot * self._chain
             following = first + index + 1 if flags & _NEXT else 0
-            self.ring.describe(first + index, address, nbytes, flags, following)
+            self._describe_ring(first + index, address, nbytes, flags, following)
+
+    def _describe_ring(self, index: int, address: int, length: int, flags: int, following: int) -> None:
+        if self.packed:
+            self._packed.describe(index, address, length, flags, following)
+        else:
+            self._split.describe(index, address, length, flags, following)
+
+    def _redirect(self, index: int, address: int) -> None:
+        if self.packed:
+            self._packed.redirect(index, address)
+        else:
+            self._split.redirect(index, address)
+
+    def _offer(self, slot: int) -> None:
+        head = slot if self.indirect else slot * self._chain
+        if self.packed:
+            self._packed.offer(head)
+        else:
+            self._split.offer(head)
+
+    def _publish(self) -> bool:
+        wanted: bool = self._packed.publish() if self.packed else self._split.publish()
+        return wanted
+
+    def _reap(self) -> int:
+        head: int = self._packed.reap() if self.packed else self._split.reap()
+        return head
 
     def _iova(self, place: int) -> int:
         """Where the device finds a byte of the region."""
@@ -1044,7 +1076,7 @@ class RequestQueue:
                 self._early_count -= 1
                 head = load_u16(self._early, 2 * self._early_count)
             else:
-                head = self.ring.reap()
+                head = self._reap()
             if head == _NOTHING:
                 break
             if head == _RING_BROKEN:
@@ -1124,7 +1156,7 @@ class RequestQueue:
         base = self._slots_at + self._stride * slot
         self._poison(base)
         store_u32(self._records, _RECORD * slot + _STATE, _SINGLE)
-        self.ring.offer(slot if self.indirect else slot * self._chain)
+        self._offer(slot)
 
     def place(self, slot: int) -> tuple[int, bool]:
         """Of a single request that came back: the byte on the disk where it began, and whether it

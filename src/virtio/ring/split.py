@@ -1,4 +1,4 @@
-"""Split virtqueue, driver side (2.7).
+"""Split virtqueue, driver side (2.7): a table of descriptors, and a ring of heads each way.
 
 A ring here is the three areas and the rules for passing heads through them; which descriptors a
 head stands for is its owner's business, who writes them with `describe` while the device cannot

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from virtio.errors import TransportError, VirtioError
+from virtio.ring.format import SPLIT, RingFormat
 from virtio.wire.virtio import ConfigField, Feature, Status, feature_names
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from virtio.ring.region import Mapping, Region
 
 # Ring features that the rings here know how to honour.
-RING_FEATURES = Feature.INDIRECT_DESC | Feature.EVENT_IDX
+RING_FEATURES = Feature.INDIRECT_DESC | Feature.EVENT_IDX | Feature.RING_PACKED
 # And those that a transport may have use for, whatever the device.
 TRANSPORT_FEATURES = (
     Feature.ANY_LAYOUT
@@ -28,8 +29,8 @@ TRANSPORT_FEATURES = (
 
 
 class RingAreas(NamedTuple):
-    """The areas of one split ring, as offsets in a region that was mapped: each transport has its
-    own addresses for them.
+    """The areas of one ring, as offsets in a region that was mapped: each transport has its own addresses
+    for them. The available ring is the driver's area, the used ring the device's (2.6).
 
     For a legacy device they begin at a multiple of 4096, and so does the used ring; their size is
     exactly what the device says (2.7.2).
@@ -40,6 +41,7 @@ class RingAreas(NamedTuple):
     descriptor: int
     available: int
     used: int
+    form: RingFormat = SPLIT
 
 
 class QueuePort(NamedTuple):

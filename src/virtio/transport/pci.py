@@ -135,6 +135,7 @@ class Pci(PciBase):
         self.allowed = int(
             Feature.INDIRECT_DESC
             | Feature.EVENT_IDX
+            | Feature.RING_PACKED
             | Feature.ACCESS_PLATFORM  # an IOMMU is set up, or there is none in the way (6.1)
             | Feature.ORDER_PLATFORM
         )
@@ -241,7 +242,7 @@ class Pci(PciBase):
         for registers, offset, nbytes in zip(
             (Common.QUEUE_DESC, Common.QUEUE_DRIVER, Common.QUEUE_DEVICE),
             (areas.descriptor, areas.available, areas.used),
-            (16 * areas.size, 2 * areas.size + 6, 8 * areas.size + 6),
+            areas.form.lengths(areas.size),
             strict=True,
         ):
             address = self._iova(areas.region, offset, nbytes)

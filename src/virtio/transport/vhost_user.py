@@ -57,6 +57,7 @@ _EXTENSIONS = (
 )
 _GUEST_BASE = 1 << 32  # where our memory is for the back end: not where it is for us
 _ENABLED = 1
+_PACKED_BASE = 0x8000_8000  # index 0 both ways, and both wrap counters 1
 _RESET_POLL_S = 0.001
 _GONE = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 
@@ -64,7 +65,7 @@ _GONE = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 class VhostUser:
     """A connection to a back end. Owns the socket, the channel back and every ring's eventfds."""
 
-    allowed = int(Feature.INDIRECT_DESC | Feature.EVENT_IDX | Feature.ORDER_PLATFORM)
+    allowed = int(Feature.INDIRECT_DESC | Feature.EVENT_IDX | Feature.RING_PACKED | Feature.ORDER_PLATFORM)
     required = int(Feature.VERSION_1)
     legacy = False
 
@@ -223,8 +224,9 @@ class VhostUser:
             raise ValueError(f"ring {index} set up after {len(self._ports)} others")
         session = self._session
         session.tell(Request.SET_VRING_NUM, VringState(index, areas.size).encode())
-        session.tell(Request.SET_VRING_BASE, VringState(index, base).encode())
-        descriptor, available, used = (areas.region.address + offset for offset in areas[2:])
+        first = _PACKED_BASE if areas.form.packed else base
+        session.tell(Request.SET_VRING_BASE, VringState(index, first).encode())
+        descriptor, available, used = (areas.region.address + offset for offset in areas[2:5])
         payload = VringAddress(index, 0, descriptor, used, available).encode()
         session.tell(Request.SET_VRING_ADDR, payload)
         if index == len(self._ports):
