@@ -51,7 +51,7 @@ class NullDevice:
         self._used_idx = ring[used + 2 : used + 4].view(np.uint16)
         self._used = ring[used + 4 : used + 4 + 8 * SIZE].view(np.uint32)
         stride = (queue_bytes(SIZE, LAYOUT, 1, True) - end) // SIZE
-        self._status = ring[end + 64 : end + SIZE * stride : stride]  # a response begins a cache line
+        self._status = ring[end + 16 : end + SIZE * stride : stride]  # behind the header
         self._seen = 0
 
     def _kicked(self) -> None:

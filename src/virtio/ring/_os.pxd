@@ -11,6 +11,7 @@ cdef extern from * nogil:
     #include <stdint.h>
     #include <string.h>
     #include <sys/mman.h>
+    #include <sys/uio.h>
     #include <time.h>
     #include <unistd.h>
     static inline uint64_t vr_now_ns(void) {
@@ -39,6 +40,21 @@ cdef extern from * nogil:
         if (write(fd, &one, sizeof one) < 0 && errno != EAGAIN && errno != EINTR) return errno;
         return 0;
     }
+    static inline int vr_write_eventfd(int fd) {
+        uint64_t one = 1;
+        if (write(fd, &one, sizeof one) < 0 && errno != EAGAIN && errno != EINTR) return errno;
+        return 0;
+    }
+    static inline int vr_sleep_on(int fd, int end, uint64_t ns) {
+        uint64_t count;
+        struct iovec into = {&count, sizeof count};
+        struct pollfd two[2] = {{fd, POLLIN, 0}, {end, POLLIN, 0}};
+        struct timespec left = {(time_t)(ns / 1000000000u), (long)(ns % 1000000000u)};
+        int found = ppoll(two, 2, &left, 0);
+        if (found == 0) return 0;
+        if (found < 0 || two[1].revents || two[0].revents != POLLIN) return -1;
+        return preadv2(fd, &into, 1, -1, RWF_NOWAIT) < 0 && errno != EAGAIN ? -1 : 1;
+    }
     static int vr_replace_mapping(vr_mem at, int fd, vr_mem fresh, int fresh_fd) {
         off_t begin, end = 0;
         while ((size_t)end < at.size) {
@@ -65,5 +81,7 @@ cdef extern from * nogil:
     uint64_t ticks "vr_ticks"() noexcept
     void relax "vr_relax"() noexcept
     int signal_eventfd "vr_signal_eventfd"(int fd) noexcept
+    int write_eventfd "vr_write_eventfd"(int fd) noexcept
+    int sleep_on "vr_sleep_on"(int fd, int end, uint64_t ns) noexcept
     int replace_mapping "vr_replace_mapping"(Mem at, int fd, Mem fresh, int fresh_fd) noexcept
     int write_at "vr_write_at"(int fd, uint64_t offset, uint32_t value, int width) noexcept

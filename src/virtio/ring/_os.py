@@ -6,6 +6,7 @@ import ctypes
 import errno
 import mmap
 import os
+import select
 import sys
 import time
 
@@ -38,6 +39,26 @@ def signal_eventfd(fd: int) -> int:
     except OSError as error:
         return error.errno or 0
     return 0
+
+
+def write_eventfd(fd: int) -> int:
+    """The same without a look whether it is full: it blocks where a peer has made it so."""
+    return signal_eventfd(fd)
+
+
+def sleep_on(fd: int, end: int, ns: int) -> int:
+    """Sleep until `fd`, an eventfd, is readable, and take what is in it, or for so long: 1, or 0.
+
+    -1 if `end` was readable, a signal came, or anything else that its caller has to look at.
+    """
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    poll.register(end, select.POLLIN)
+    found = poll.poll(ns / 1e6)
+    if found == [(fd, select.POLLIN)]:
+        eventfd.drain(fd)
+        return 1
+    return -1 if found else 0
 
 
 def replace_mapping(at: Mem, fd: int, fresh: Mem, fresh_fd: int) -> int:

@@ -9,7 +9,7 @@ import cython
 
 if not cython.compiled:
     from virtio.ring._mem import device_fence, null, store_u16, store_u32, window
-    from virtio.ring._os import signal_eventfd, write_at
+    from virtio.ring._os import signal_eventfd, write_at, write_eventfd
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -53,6 +53,7 @@ class Doorbell:
         self._at = max(0, at)
         self._value = value
         self._width = width
+        self._begun = self._done = self._seen = 0  # unguarded rings
 
     def ring(self) -> None:
         """Notify the device; an errno is left in `failure`, for whoever waits to find."""
@@ -69,6 +70,25 @@ class Doorbell:
         else:
             with cython.gil:
                 self._ring_call()
+
+    def ring_unguarded(self) -> None:
+        """The same for who has let go of the interpreter: a peer could make this block, see `blocked`.
+
+        It saves the system call that asks whether an eventfd is full.
+        """
+        if self.fd < 0 or self._placed or self._mapped:
+            self.ring()
+            return
+        self._begun += 1
+        self.failure = write_eventfd(self.fd)
+        self._done += 1
+
+    def blocked(self) -> bool:
+        """Whether the same unguarded ring was under way when this was called last."""
+        begun = self._begun
+        found = begun != self._done and begun == self._seen
+        self._seen = begun
+        return bool(found)
 
     def _ring_call(self) -> None:
         if self._call is not None:

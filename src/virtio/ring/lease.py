@@ -192,6 +192,8 @@ class Lease:
         self._poll.register(completion_fd, select.POLLIN)
         self._poll.register(life.fd, select.POLLIN)
         life.adopt(queue)
+        if not self._told:
+            queue.wake_by(completion_fd, life.fd)
 
     def __enter__(self) -> Lease:
         self.life.check()

@@ -23,7 +23,7 @@ from virtio.ring._mem cimport (
     store_u64,
     window,
 )
-from virtio.ring._os cimport now_ns, relax, ticks
+from virtio.ring._os cimport now_ns, relax, sleep_on, ticks
 from virtio.ring.doorbell cimport Doorbell
 from virtio.ring.load cimport Load
 from virtio.ring.packed cimport PackedRing
@@ -38,7 +38,8 @@ cdef int32_t _EINPROGRESS
 cdef size_t _RECORD, _STATE, _KEY, _LENGTH, _OFF, _DATA, _TOKEN, _RESULT, _TIME, _OWNER, _CHANGES, _KIND
 cdef size_t _PATCH
 cdef uint32_t _FREE, _TASK, _SINGLE, _ENDED, _NOBODY
-cdef uint32_t _CLOCK_EVERY, _ROUNDS
+cdef uint32_t _CLOCK_EVERY, _ROUNDS, _EAGER
+cdef uint64_t _MOMENT
 
 
 @cython.locals(i=int64_t, offset=uint64_t)
@@ -96,7 +97,7 @@ cdef class RequestQueue:
     cdef Doorbell _doorbell
     cdef Task _nothing
     cdef Mem _region, _iovas, _records, _free, _faults, _ended, _early, _stop
-    cdef int _shift
+    cdef int _shift, _wake_fd, _end_fd
     cdef uint64_t _page_mask, _sequence, _now
     cdef size_t _slots_at, _stride, _response_at, _table_at, _result_at, _response_bytes
     cdef bint _result_wide, _response_first
@@ -121,7 +122,7 @@ cdef class RequestQueue:
     @cython.locals(reason=int)
     cpdef int run(self, Task task, uint64_t slice_ns, uint64_t spin_ns) noexcept
     @cython.locals(begun=uint64_t, busy=uint64_t, now=uint64_t, spins=uint32_t, rounds=uint32_t,
-                   filled=int, got=int)
+                   patience=uint64_t, filled=int, got=int)
     cdef int _run(self, Task task, uint64_t slice_ns, uint64_t spin_ns) noexcept nogil
     @cython.locals(count=int, part=uint64_t, item=uint64_t, within=uint64_t, nbytes=uint64_t,
                    place=uint64_t, data=uint64_t, offset=uint64_t, slot=int, now=uint64_t)
@@ -153,6 +154,11 @@ cdef class RequestQueue:
     cdef void _offer(self, uint32_t slot) noexcept nogil
     @cython.locals(wanted=bint)
     cdef bint _publish(self) noexcept nogil
+    @cython.locals(quiet=bint)
+    cdef bint _arm(self) noexcept nogil
+    cdef void _disarm(self) noexcept nogil
+    @cython.locals(slept=int)
+    cdef int _sleep(self, uint64_t ns) noexcept nogil
     @cython.locals(head=int)
     cdef int _reap(self) noexcept nogil
     cdef uint64_t _iova(self, uint64_t place) noexcept nogil

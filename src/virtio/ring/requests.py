@@ -48,7 +48,7 @@ if not cython.compiled:
         store_u64,
         window,
     )
-    from virtio.ring._os import now_ns, relax, ticks
+    from virtio.ring._os import now_ns, relax, sleep_on, ticks
     from virtio.ring.doorbell import Doorbell
 
 if TYPE_CHECKING:
@@ -88,6 +88,8 @@ _NOBODY = 0xFFFFFFFF  # the owner of an orphan
 
 _PATCH = 10  # a packed patch: source, offset, width, big-endian, shift; 16 bits each
 _CLOCK_EVERY = 64  # spins between two looks at the clock
+_EAGER = 64  # spins before the first one that relaxes: an answer may be that fast
+_MOMENT = 3000  # ns of spinning in any case, where several answers are due: to sleep takes as long
 _ROUNDS = 8  # rounds that moved something: each may copy megabytes
 
 ONE_PAGE = 1 << 62  # more than there is: memory in one piece for the device
@@ -373,8 +375,11 @@ def _up(value: int, align: int) -> int:
 
 def _slot(layout: Layout) -> tuple[int, int]:
     """Where in a slot its response and its table begin."""
-    # What the device writes has cache lines of its own; an 8-byte result is aligned.
-    response = _up(layout.request + layout.payload, 64) + -layout.result_offset % 8
+    # In the header's cache line if there is room: a line less to be passed back and forth. An 8-byte
+    # result is aligned.
+    response = _up(layout.request + layout.payload, 8) + -layout.result_offset % 8
+    if response + layout.response > 64:
+        response = _up(layout.request + layout.payload, 64) + -layout.result_offset % 8
     return response, _up(response + layout.response, 64)
 
 
@@ -446,6 +451,7 @@ class RequestQueue:
         self.broken = False
         self.taken = self.entered = self.awaited = self.woken = False
         self._doorbell = Doorbell()
+        self._wake_fd = self._end_fd = -1
         self._layout = layout
         self._region_view = region
         self._region = window(region)
@@ -486,6 +492,11 @@ class RequestQueue:
     def connect(self, doorbell: Doorbell) -> None:
         """How to notify the device from now on."""
         self._doorbell = doorbell
+
+    def wake_by(self, wake_fd: int, end_fd: int) -> None:
+        """The descriptor of completions, and one that is readable at the end: `run` sleeps on them itself,
+        at most for its slice, before it says IDLE. -1: it never does."""
+        self._wake_fd, self._end_fd = wake_fd, end_fd
 
     def stop(self) -> None:
         """Make a `run` in any thread come back with LOST, now and from now on; from any thread."""
@@ -766,11 +777,11 @@ class RequestQueue:
 
     def arm(self) -> bool:
         """Ask for an interrupt; true when nothing is ready and it is safe to sleep."""
-        return bool(self._early_count == 0 and self.ring.arm())
+        return bool(self._arm())
 
     def disarm(self) -> None:
         """Ask for no interrupts again."""
-        self.ring.disarm()
+        self._disarm()
 
     def detach(self) -> None:
         """Let go of the shared memory, after the device has; only `stop` may be called then."""
@@ -794,7 +805,7 @@ class RequestQueue:
                 return _PAUSED if load_acquire_u32(self._stop, 0) == _PAUSE else _LOST
             filled = self._fill(task)
             if self._publish():
-                self._doorbell.ring()
+                self._doorbell.ring_unguarded()
             if filled < 0:
                 return _UNFIT
             got = self._collect(task)
@@ -813,13 +824,30 @@ class RequestQueue:
             if spins == 0:
                 busy = now_ns()
             spins += 1
-            relax()
-            if spins % _CLOCK_EVERY == 0 or spin_ns == 0:
+            if spins > _EAGER:
+                relax()
+            patience = spin_ns
+            if patience < _MOMENT and task.active > 1 and self._wake_fd >= 0:
+                patience = _MOMENT
+            if spins % _CLOCK_EVERY == 0 or patience == 0:
                 now = now_ns()
-                if now - busy >= spin_ns:
-                    return _IDLE
-                if now - begun > slice_ns:
+                if now - busy >= patience:
+                    if now - begun >= slice_ns or self._sleep(slice_ns - (now - begun)) <= 0:
+                        return _IDLE
+                    spins = 0
+                elif now - begun > slice_ns:
                     return _TICK
+
+    def _sleep(self, ns: int) -> int:
+        """Sleep, where `wake_by` has said by what that ends: 1 if there may be something, 0 if not, -1 if
+        somebody has to look."""
+        if self._wake_fd < 0 or self._doorbell.failure:
+            return -1
+        slept = 1
+        if self._arm():
+            slept = sleep_on(self._wake_fd, self._end_fd, ns)
+        self._disarm()
+        return slept
 
     def _fill(self, task: Task) -> int:
         """Start as many parts as there is room for; their number, or -2 if one does not fit."""
@@ -904,7 +932,7 @@ class RequestQueue:
             load_u32(self._records, record + _KEY) == template.key
             and load_u64(self._records, record + _LENGTH) == nbytes
         )
-        if same and template.direction != _NO_DATA:
+        if same and template.direction != _NO_DATA and load_u64(self._records, record + _DATA) != data:
             same = self._segment(data, moved) == moved
             if same:
                 self._move_data(slot, base, template, data)
@@ -1051,6 +1079,18 @@ class RequestQueue:
     def _publish(self) -> bool:
         wanted: bool = self._packed.publish() if self.packed else self._split.publish()
         return wanted
+
+    def _arm(self) -> bool:
+        if self._early_count:
+            return False
+        quiet: bool = self._packed.arm() if self.packed else self._split.arm()
+        return quiet
+
+    def _disarm(self) -> None:
+        if self.packed:
+            self._packed.disarm()
+        else:
+            self._split.disarm()
 
     def _reap(self) -> int:
         head: int = self._packed.reap() if self.packed else self._split.reap()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from virtio import control
 from virtio.errors import ProtocolError, RequestTimeout, TransportError, VirtioError
 from virtio.ring.doorbell import Doorbell
-from virtio.ring.eventfd import make_eventfd, signal
+from virtio.ring.eventfd import drain, make_eventfd, signal
 from virtio.ring.lease import Life
 from virtio.ring.region import Mapping, Region
 from virtio.transport.base import QueuePort, RingAreas
@@ -57,6 +57,7 @@ _EXTENSIONS = (
 )
 _GUEST_BASE = 1 << 32  # where our memory is for the back end: not where it is for us
 _ENABLED = 1
+_LOOK_S = 1.0  # between two looks at whether somebody is stuck in a kick
 _PACKED_BASE = 0x8000_8000  # index 0 both ways, and both wrap counters 1
 _RESET_POLL_S = 0.001
 _GONE = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
@@ -80,6 +81,8 @@ class VhostUser:
         self.on_config_change: Callable[[], None] = lambda: None
         self._pid = os.getpid()
         self._ports: list[tuple[int, int]] = []  # kick and call eventfd of each ring
+        self._doorbells: dict[int, Doorbell] = {}  # by ring
+        self._timer: control.Timer | None = None
         self._back: socket.socket | None = None
         self.life = Life(self.address)
         self.gone: VirtioError | None = None
@@ -236,9 +239,10 @@ class VhostUser:
             os.dup2(fresh, self._ports[index][0], inheritable=False)
             os.close(fresh)
         kick, call = self._ports[index]
+        doorbell = self._doorbells[index] = Doorbell(kick)
         session.tell(Request.SET_VRING_CALL, VringFd(index).encode(), [call])
         session.tell(Request.SET_VRING_KICK, VringFd(index).encode(), [kick])
-        return QueuePort(Doorbell(kick), call)
+        return QueuePort(doorbell, call)
 
     def start(self) -> None:
         """Enable every ring, say DRIVER_OK, and kick each ring once: that starts it."""
@@ -249,6 +253,8 @@ class VhostUser:
         self.set_status(self._status | Status.DRIVER_OK)
         for kick, _ in self._ports:
             signal(kick)
+        if self._timer is None:
+            self._timer = control.Timer(_LOOK_S, self._look_at_kicks)
 
     def stop(self) -> None:
         """Stop every ring and wait for each: afterwards the back end writes no memory (VHU-9)."""
@@ -301,12 +307,24 @@ class VhostUser:
             raise
 
     def _unwatch(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if not self._session.closed:
             control.unwatch(self._session.fileno())
         if self._back is not None:
             control.unwatch(self._back.fileno())
 
     # The control thread's part.
+
+    def _look_at_kicks(self) -> None:
+        """A peer can fill a kick descriptor that it shares, and make it block: who kicks is freed, and
+        told."""
+        for doorbell in self._doorbells.values():
+            if doorbell.blocked():
+                drain(doorbell.fd)
+                words = f"{self.address} keeps a kick descriptor full, and has made it block"
+                self.life.end(ProtocolError(words))
 
     def _peer_gone(self, events: int) -> None:
         control.unwatch(self._session.fileno())
