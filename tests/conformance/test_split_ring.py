@@ -5,11 +5,13 @@ import itertools
 import os
 import random
 import threading
+import time
 from array import array
 
 import pytest
 
 from tests.conformance.driver import KINDS, TIMEOUT, backend, batch, channel, connect, device, exercise, fill
+from tests.conftest import INTERPRETED
 from tests.model import Backend, Chain, Ring
 from tests.model.wire import F
 from virtio.errors import DeviceError, ProtocolError, RequestTimeout, VirtioError
@@ -477,6 +479,28 @@ def test_a_full_kick_counter_counts_as_kicked(kind):
 
         model.do(stuff)
         exercise(model, opened)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="only the compiled loop kicks without looking first")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kick_that_is_made_to_block_ends_the_device_and_holds_up_nobody(kind):
+    """SPL-16: full, and with O_NONBLOCK taken away, which the two sides share."""
+    with backend(kind, features=BASE, polling=True) as model, channel(model, queues=1) as opened:
+        opened.read(0, 512)
+        ring = request_ring(model)
+
+        def stuff() -> None:
+            ring.drain_kick()
+            os.set_blocking(ring.kick, True)
+            os.eventfd_write(ring.kick, (1 << 64) - 2)
+            model.options.no_notify = False
+
+        model.do(stuff)
+        begun = time.monotonic()
+        with pytest.raises(ProtocolError, match="has made it block"):
+            opened.read(0, 512)
+            opened.read(0, 512)
+        assert time.monotonic() - begun < 10
 
 
 @pytest.mark.parametrize("kind", KINDS)

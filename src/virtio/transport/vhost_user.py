@@ -322,9 +322,9 @@ class VhostUser:
         told."""
         for doorbell in self._doorbells.values():
             if doorbell.blocked():
-                drain(doorbell.fd)
                 words = f"{self.address} keeps a kick descriptor full, and has made it block"
                 self.life.end(ProtocolError(words))
+                drain(doorbell.fd)
 
     def _peer_gone(self, events: int) -> None:
         control.unwatch(self._session.fileno())
