@@ -55,6 +55,7 @@ class Bdev:
         self._disk, geometry = disk, self.geometry
         geometry.size, geometry.block_size = disk.size, disk.block_size
         geometry.max_transfer, geometry.read_only = disk.limits.max_transfer, disk.read_only
+        geometry.read, geometry.write = disk.read, disk.write
         geometry.online = True
 
     def budget(self, lease: Lease) -> Budget:

@@ -21,6 +21,7 @@ from virtio.errors import (
     ClosedError,
     DeviceError,
     RequestError,
+    RequestTimeout,
     TransportError,
     VirtioError,
 )
@@ -55,6 +56,7 @@ Wait = Literal["adaptive", "poll", "event"]
 _OFFSETS = ("Q", "q", "L", "l")  # formats of 64-bit integers; a negative one is past any end
 _SPIN_NS = {"adaptive": 50_000, "poll": 1 << 62, "event": 0}
 _BOUNCE_BYTES = 8 << 20  # of the pool, for one call
+_COPIED_BYTES = 64 << 10  # that a blocking call copies in one piece
 _TRIES = 8  # of a single request that a transient error hits
 _PAUSE_S = 0.001  # between two of them, growing
 _CLOSE_S = 1.0
@@ -110,7 +112,14 @@ class Channel(Submitter):
         self._scratch: Buffer | None = None
         self._scratch_lock = threading.Lock()
         self._lease = lease = self._controller.take_lease()
-        super().__init__(lease.queue, next(_owners), bdev.geometry, bdev.budget(lease), bdev.counters(lease))
+        super().__init__(
+            lease.queue,
+            next(_owners),
+            next(_owners),
+            bdev.geometry,
+            bdev.budget(lease),
+            bdev.counters(lease),
+        )
         self._pool = self._controller.device.pool
         self._alarm: control.Timer | None = None  # for who was refused by a limit
         self.closed = False
@@ -124,7 +133,8 @@ class Channel(Submitter):
             with self._bouncing():
                 scratch = self._bounce(nbytes, 1)
                 view = scratch.view()[:nbytes]
-                self._transfer(self._disk.read, _one(offset), nbytes, scratch, view)
+                if not self._at_once(self.geometry.read, offset, nbytes, scratch):
+                    self._transfer(self._disk.read, _one(offset), nbytes, scratch, view)
                 return bytes(view)
         data = bytearray(nbytes)
         self.readinto(offset, data)
@@ -132,14 +142,29 @@ class Channel(Submitter):
 
     def readinto(self, offset: int, into: BufferProtocol | Buffer) -> None:
         """Fill a writable buffer with the bytes of the disk from `offset` on."""
+        if isinstance(into, Buffer) and self._at_once(self.geometry.read, offset, into.nbytes, into):
+            return
         view = flat(into, writable=True)
         self._check(offset, view.nbytes)
-        self._transfer(self._disk.read, _one(offset), view.nbytes, into, view)
+        if 0 < view.nbytes <= _COPIED_BYTES and self._controller.device.locate(view) < 0:
+            view[:] = self.read(offset, view.nbytes)
+        else:
+            self._transfer(self._disk.read, _one(offset), view.nbytes, into, view)
 
     def write(self, offset: int, data: BufferProtocol | Buffer, *, fua: bool = False) -> None:
         """Write bytes at `offset`; with `fua` they are durable when the call returns."""
+        if isinstance(data, Buffer) and not fua:
+            if self._at_once(self.geometry.write, offset, data.nbytes, data):
+                return
         view = flat(data)
         self._check(offset, view.nbytes, write=True)
+        elsewhere = self._controller.device.locate(view) < 0
+        if not fua and 0 < view.nbytes <= _COPIED_BYTES and elsewhere:
+            with self._bouncing():
+                scratch = self._bounce(view.nbytes, 1)
+                scratch.view()[: view.nbytes] = view
+                if self._at_once(self.geometry.write, offset, view.nbytes, scratch):
+                    return
         template = self._disk.write_fua if fua else None
         self._transfer(template or self._disk.write, _one(offset), view.nbytes, data, view)
         if fua and template is None:
@@ -266,18 +291,6 @@ class Channel(Submitter):
         return self._batch(self._disk.write, offsets, nbytes, data, write=True)
 
     # One by one.
-
-    def submit_read(self, offset: int, into: Buffer, token: int, *, at: int = 0, nbytes: int = -1) -> bool:
-        """Begin to read into a buffer of `Controller.buffer`, or a part of it; false: not now.
-
-        The queue, or what the disk takes at a time, is full, or bytes of a cancelled write are still to
-        land there: `poll`, and try again. `token`, a number from 0 to 2**64 - 1, comes back from `poll`.
-        """
-        return self.submit(self._disk.read, offset, into, at, nbytes, token)
-
-    def submit_write(self, offset: int, data: Buffer, token: int, *, at: int = 0, nbytes: int = -1) -> bool:
-        """Begin to write from a buffer of `Controller.buffer`, or a part of it; false: not now."""
-        return self.submit(self._disk.write, offset, data, at, nbytes, token)
 
     def submit_flush(self, token: int) -> bool:
         """Begin to make durable what has been written; false: not now."""
@@ -446,6 +459,47 @@ class Channel(Submitter):
             self._controller.return_lease(self._lease)
 
     # How they are done.
+
+    def _at_once(self, template: Template, offset: int, nbytes: int, buffer: Buffer) -> bool:
+        """Do the usual case of a blocking call: one request, answered soon. False if it is another case,
+        and nothing was done, or nothing that may not be done again.
+        """
+        spin = _SPIN_NS[self.wait]
+        if not spin or self._lease.told:
+            return False
+        state = self.attempt(template, offset, buffer, nbytes, min(spin, _SPIN_NS["adaptive"]))
+        if state:
+            return state > 0
+        said = self._wait_for_answer()
+        if isinstance(said, bool):
+            return True
+        error = self._disk.explain(said, offset, template.transfer)
+        if error is None or not error.transient:
+            if error is None:
+                self.credit(template, nbytes, said.began)
+                return True
+            self.stats.failed += self.stats.on
+            try:
+                raise error
+            finally:
+                del error  # or its traceback and this frame hold on to each other
+        return False
+
+    def _wait_for_answer(self) -> Finished | bool:
+        """Of what `attempt` has begun."""
+        deadline = deadline_in(self.timeout)
+        try:
+            while not (said := self.answer()):
+                self._lease.check_deadline(deadline, self.queue.in_flight)
+                if self.wait != "poll" and self.arm():
+                    self._lease.doze(deadline)
+            return said
+        except BaseException as error:
+            self.give_up()
+            late = self._lease.late
+            if isinstance(error, RequestTimeout) and self.queue.orphans and late is not None:
+                late(self._lease)
+            raise
 
     def _batch(
         self,

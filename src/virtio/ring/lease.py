@@ -181,7 +181,7 @@ class Lease:
         self.queue = queue
         self.life = life
         self.completion_fd = completion_fd
-        self._told = log.isEnabledFor(logging.DEBUG)  # once: what is not asked for costs nothing
+        self.told = log.isEnabledFor(logging.DEBUG)  # once: what is not asked for costs nothing
         self.late: Callable[[Lease], None] | None = None
         self._lock = threading.Lock()
         self._gate = threading.Condition()  # of those who pause it, and of the call that is amid it then
@@ -192,7 +192,7 @@ class Lease:
         self._poll.register(completion_fd, select.POLLIN)
         self._poll.register(life.fd, select.POLLIN)
         life.adopt(queue)
-        if not self._told:
+        if not self.told:
             queue.wake_by(completion_fd, life.fd)
 
     def __enter__(self) -> Lease:
@@ -369,7 +369,7 @@ class Lease:
             pause = None if task.throttle is None else task.throttle.admit(task)
             reason = self.queue.run(task, _SLICE_NS, spin_ns if pause is None else 0)
             swept = self.queue.orphans > 0 and self.queue.sweep()
-            if self._told:
+            if self.told:
                 self._tell(task, reason)
             if reason == DONE:
                 return error
@@ -400,7 +400,7 @@ class Lease:
                     deadline = watch()
                 if pause is not None and not task.active:
                     self._check_limit(deadline, task)
-                self._check_deadline(deadline, self.queue.in_flight)
+                self.check_deadline(deadline, self.queue.in_flight)
                 if reason == IDLE and not swept:  # which may have made room
                     self.sleep(_earlier(deadline, pause))
 
@@ -428,20 +428,33 @@ class Lease:
 
     def sleep(self, deadline: int | None) -> None:
         """Sleep until the device has completed something, the deadline, or the device's end."""
-        begun = time.monotonic_ns() if self._told else 0
+        begun = time.monotonic_ns() if self.told else 0
         if self.queue.arm():
             left = -1 if deadline is None else max(0, deadline - time.monotonic_ns())
             for fd, _ in self._poll.poll(None if left < 0 else left / 1e6):
                 if fd == self.completion_fd:
                     eventfd.drain(self.completion_fd)
         self.queue.disarm()
-        if self._told:
+        if self.told:
             slept = (time.monotonic_ns() - begun) // 1000
             log.debug("queue %d: slept %d us, %d in flight", self.completion_fd, slept, self.queue.in_flight)
+        self._check_kicks()
+        self.life.check()
+
+    def doze(self, deadline: int | None) -> None:
+        """Sleep, after somebody has armed the queue, until the device has completed something, the
+        deadline, or the device's end."""
+        left = -1 if deadline is None else max(0, deadline - time.monotonic_ns())
+        for fd, _ in self._poll.poll(None if left < 0 else left / 1e6):
+            if fd == self.completion_fd:
+                eventfd.drain(self.completion_fd)
+        self._check_kicks()
+        self.life.check()
+
+    def _check_kicks(self) -> None:
         if self.queue.kick_failure:
             code = self.queue.kick_failure
             self.life.end(TransportError(code, f"cannot kick {self.life.name}: {os.strerror(code)}"))
-        self.life.check()
 
     @contextlib.contextmanager
     def holding(self, *buffers: Buffer) -> Iterator[None]:
@@ -460,7 +473,7 @@ class Lease:
         """At least so many of the requests submitted one by one; sleeps until they are back."""
         finished = self.collect()
         while len(finished) < least:
-            self._check_deadline(deadline, self.queue.in_flight)
+            self.check_deadline(deadline, self.queue.in_flight)
             self.sleep(deadline)
             finished += self.collect()
         return finished
@@ -470,7 +483,7 @@ class Lease:
         if self.queue.paused:
             self._park()
         finished = self.queue.poll(self.queue.slots)
-        if self._told:
+        if self.told:
             log.debug("queue %d: %d answers are here", self.completion_fd, len(finished))
         if self.queue.broken:
             self.raise_broken()
@@ -492,10 +505,10 @@ class Lease:
             left = self.queue.orphan_changes if changes else self.queue.orphans
             if not left:
                 return
-            self._check_deadline(deadline, left)
+            self.check_deadline(deadline, left)
             self.sleep(deadline)
 
-    def _check_deadline(self, deadline: int | None, waiting: int) -> None:
+    def check_deadline(self, deadline: int | None, waiting: int) -> None:
         if deadline is not None and time.monotonic_ns() >= deadline:
             raise RequestTimeout(
                 f"{self.life.name} has not answered {waiting} requests in time; they may still take effect"

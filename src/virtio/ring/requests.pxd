@@ -37,7 +37,7 @@ cdef int _NEXT, _WRITE, _INDIRECT, _NOTHING, _RING_BROKEN, _FULL, _MISFIT
 cdef int32_t _EINPROGRESS
 cdef size_t _RECORD, _STATE, _KEY, _LENGTH, _OFF, _DATA, _TOKEN, _RESULT, _TIME, _OWNER, _CHANGES, _KIND
 cdef size_t _PATCH
-cdef uint32_t _FREE, _TASK, _SINGLE, _ENDED, _NOBODY
+cdef uint32_t _FREE, _TASK, _SINGLE, _ENDED, _AWAITED, _NOBODY
 cdef uint32_t _CLOCK_EVERY, _ROUNDS, _EAGER
 cdef uint64_t _MOMENT
 
@@ -107,6 +107,8 @@ cdef class RequestQueue:
     @cython.locals(slot=int)
     cpdef bint submit(self, Template template, uint64_t offset, uint64_t nbytes, uint64_t data,
                       uint64_t token, uint32_t owner=*, kept=*) except -1
+    @cython.locals(spins=uint32_t, begun=uint64_t, record=size_t)
+    cdef bint await_slot(self, uint32_t slot, uint64_t spin_ns) noexcept nogil
     cpdef void kick(self) noexcept
     cpdef void look(self) noexcept
     cdef uint32_t _next_ended(self) noexcept nogil

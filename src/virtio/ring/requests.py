@@ -83,7 +83,7 @@ _EINPROGRESS = errno.EINPROGRESS
 _RECORD = 64
 _STATE, _KEY, _LENGTH, _OFF, _DATA, _TOKEN, _RESULT, _TIME = 0, 4, 8, 16, 24, 32, 40, 48
 _OWNER, _CHANGES, _KIND = 56, 60, 62  # whose single request it is; whether it changes the disk; for Stats
-_FREE, _TASK, _SINGLE, _ENDED = 0, 1, 2, 3
+_FREE, _TASK, _SINGLE, _ENDED, _AWAITED = 0, 1, 2, 3, 4
 _NOBODY = 0xFFFFFFFF  # the owner of an orphan
 
 _PATCH = 10  # a packed patch: source, offset, width, big-endian, shift; 16 bits each
@@ -650,6 +650,39 @@ class RequestQueue:
         if end > len(self._region_view):
             raise RequestError(f"data up to {end:#x} of a region of {len(self._region_view):#x}")
 
+    def await_slot(self, slot: int, spin_ns: int) -> bool:
+        """Show the device what was submitted, and spin until the one request in this slot is back.
+
+        At most for so long. Whether it went well; else it is a single request like others, or among
+        those that ended. Without the interpreter; its state was AWAITED.
+        """
+        spins = 0
+        begun = 0
+        record = _RECORD * slot
+        if self._publish():
+            self._doorbell.ring_unguarded()
+        while load_u32(self._records, record + _STATE) == _AWAITED:
+            if self._collect(self._nothing) < 0:
+                self.broken = True
+                break
+            if load_acquire_u32(self._stop, 0):
+                break
+            spins += 1
+            if spins > _EAGER:
+                relax()
+            if spins % _CLOCK_EVERY == 0:
+                if begun == 0:
+                    begun = now_ns()
+                elif now_ns() - begun >= spin_ns:
+                    break
+        if load_u32(self._records, record + _STATE) == _AWAITED:
+            store_u32(self._records, record + _STATE, _SINGLE)
+            return False
+        if load_u64(self._records, record + _RESULT) == 0:
+            return True
+        self._put_ended(slot)
+        return False
+
     # Many at once.
 
     def check(self, task: Task) -> None:
@@ -1135,7 +1168,7 @@ class RequestQueue:
                     self._deliver(task, record)  # it may turn out to be a success
                     store_u16(self._faults, 2 * self._fault_count, slot)
                     self._fault_count += 1
-                else:
+                elif state != _AWAITED:
                     self._put_ended(slot)
                 store_u32(self._records, record + _STATE, _ENDED)
         return count

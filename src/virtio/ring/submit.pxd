@@ -3,20 +3,21 @@
 cimport cython
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from virtio.ring._mem cimport load_acquire_u32, load_u16, load_u32, load_u64, store_u64
+from virtio.ring._mem cimport load_acquire_u32, load_u16, load_u32, load_u64, store_u32, store_u64
 from virtio.ring._os cimport ticks
 from virtio.ring.buffer cimport Buffer
 from virtio.ring.requests cimport RequestQueue, Template
 from virtio.ring.stats cimport Stats
 
 cdef size_t _RECORD, _LENGTH, _TOKEN, _RESULT, _TIME, _OWNER, _KIND
-cdef uint32_t _NOBODY
+cdef uint32_t _NOBODY, _AWAITED
 
 
 @cython.final
 cdef class Geometry:
     cdef public int64_t size, block_size, max_transfer
     cdef public bint read_only, online, limited
+    cdef public Template read, write
 
 
 @cython.final
@@ -27,7 +28,7 @@ cdef class Budget:
 
 cdef class Submitter:
     cdef readonly RequestQueue queue
-    cdef readonly uint32_t owner
+    cdef readonly uint32_t owner, own
     cdef readonly Geometry geometry
     cdef readonly Budget budget
     cdef readonly Stats stats
@@ -37,6 +38,15 @@ cdef class Submitter:
     @cython.locals(queue=RequestQueue)
     cdef int _begin(self) except -1
     @cython.locals(geometry=Geometry, room=int64_t)
+    cdef bint _is_plain(self, Template template, int64_t offset, Buffer buffer, int64_t at, int64_t nbytes)
+    @cython.locals(queue=RequestQueue, slot=int, record=size_t, done=bint)
+    cpdef int attempt(self, Template template, int64_t offset, Buffer buffer, int64_t nbytes,
+                      uint64_t spin_ns) except -2
+    cdef int _close(self, uint32_t slot) except -1
+    @cython.locals(queue=RequestQueue, slot=uint32_t, whose=uint32_t)
+    cpdef object answer(self)
+    cpdef void credit(self, Template template, uint64_t nbytes, uint64_t began)
+    cpdef void give_up(self)
     cpdef bint submit(self, Template template, int64_t offset, Buffer buffer, int64_t at, int64_t nbytes,
                       uint64_t token) except -1
     @cython.locals(sent=bint, slot=size_t, began=uint64_t)

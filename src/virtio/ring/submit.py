@@ -10,7 +10,7 @@ import cython
 from virtio.errors import RequestError
 
 if not cython.compiled:
-    from virtio.ring._mem import load_acquire_u32, load_u16, load_u32, load_u64, store_u64
+    from virtio.ring._mem import load_acquire_u32, load_u16, load_u32, load_u64, store_u32, store_u64
     from virtio.ring._os import ticks
     from virtio.ring.buffer import Buffer
     from virtio.ring.requests import RequestQueue, Template
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _RECORD = 64  # a slot's private record, as in `requests`
 _LENGTH, _TOKEN, _RESULT, _TIME, _OWNER, _KIND = 8, 32, 40, 48, 56, 62
 _NOBODY = 0xFFFFFFFF
+_AWAITED = 4  # a slot's state, as in `requests`
 
 
 class Geometry:
@@ -40,6 +41,8 @@ class Geometry:
         self.size = self.block_size = self.max_transfer = 0
         self.read_only = self.online = False
         self.limited = False  # how many requests there may be a second
+        self.read: Template = None  # type: ignore[assignment]  # set with all the others
+        self.write: Template = None  # type: ignore[assignment]
 
 
 class Budget:
@@ -58,10 +61,11 @@ class Submitter:
     """
 
     def __init__(
-        self, queue: RequestQueue, owner: int, geometry: Geometry, budget: Budget, stats: Stats
+        self, queue: RequestQueue, owner: int, own: int, geometry: Geometry, budget: Budget, stats: Stats
     ) -> None:
+        """`owner` is whose requests are polled for, `own` whose those of `attempt` are."""
         self.queue = queue
-        self.owner = owner
+        self.owner, self.own = owner, own
         self.geometry = geometry
         self.budget = budget
         self.stats = stats
@@ -112,33 +116,142 @@ class Submitter:
             queue.entered = False
             self._turn()
 
+    def submit_read(self, offset: int, into: Buffer, token: int, *, at: int = 0, nbytes: int = -1) -> bool:
+        """Begin to read into a buffer of `Controller.buffer`, or a part of it; false: not now.
+
+        The queue, or what the disk takes at a time, is full, or bytes of a cancelled write are still to
+        land there: `poll`, and try again. `token`, a number from 0 to 2**64 - 1, comes back from `poll`.
+        """
+        return self.submit(self.geometry.read, offset, into, at, nbytes, token)
+
+    def submit_write(self, offset: int, data: Buffer, token: int, *, at: int = 0, nbytes: int = -1) -> bool:
+        """Begin to write from a buffer of `Controller.buffer`, or a part of it; false: not now."""
+        return self.submit(self.geometry.write, offset, data, at, nbytes, token)
+
     def submit(
         self, template: Template, offset: int, buffer: Buffer, at: int, nbytes: int, token: int
     ) -> bool:
-        """Queue a transfer between the disk at `offset` and the buffer at `at`; for `Channel` to call."""
-        geometry = self.geometry
-        room = buffer.nbytes
+        """Queue a transfer between the disk at `offset` and the buffer at `at`."""
         if nbytes < 0:
-            nbytes = room - at
+            nbytes = buffer.nbytes
+            nbytes -= at
         self._begin()
         try:
-            if (
-                not geometry.online
-                or buffer.closed
-                or buffer.pool is not self._pool
-                or at < 0
-                or nbytes <= 0
-                or at > room - nbytes
-                or nbytes > geometry.max_transfer
-                or offset < 0
-                or offset > geometry.size - nbytes
-                or (offset | nbytes) & (geometry.block_size - 1)
-                or (template.changes and (geometry.read_only or self.queue.orphan_changes != 0))
-            ) and not self._examine(template, offset, nbytes, geometry.max_transfer, buffer, at):
+            if not self._is_plain(template, offset, buffer, at, nbytes) and not self._examine(
+                template, offset, nbytes, self.geometry.max_transfer, buffer, at
+            ):
                 return False
             return self._send(template, offset, nbytes, buffer.offset + at, token, buffer)
         finally:
             self.queue.entered = False
+
+    def _is_plain(self, template: Template, offset: int, buffer: Buffer, at: int, nbytes: int) -> bool:
+        """Whether there is nothing about a transfer that would have to be looked at."""
+        geometry = self.geometry
+        room = buffer.nbytes
+        return not (
+            not geometry.online
+            or buffer.closed
+            or buffer.pool is not self._pool
+            or at < 0
+            or nbytes <= 0
+            or at > room - nbytes
+            or nbytes > geometry.max_transfer
+            or offset < 0
+            or offset > geometry.size - nbytes
+            or (offset | nbytes) & (geometry.block_size - 1)
+            or (template.changes and (geometry.read_only or self.queue.orphan_changes != 0))
+        )
+
+    def attempt(self, template: Template, offset: int, buffer: Buffer, nbytes: int, spin_ns: int) -> int:
+        """Do a transfer of the buffer's first bytes, spinning for at most so long; for `Channel` to call.
+
+        1: it is done. 0: it is under way, or failed: `answer` will say. -1: it was not begun, because there
+        is something about it that has to be looked at.
+        """
+        queue = self.queue
+        self._begin()
+        try:
+            if (
+                not self._is_plain(template, offset, buffer, 0, nbytes)
+                or self.geometry.limited
+                or self.budget.in_flight >= self.budget.depth
+                or queue._free_count == 0
+                or queue.broken
+            ):
+                return -1
+            slot = queue._start(template, offset, nbytes, buffer.offset, 0, _AWAITED)
+            if slot < 0:
+                return -1
+            record = _RECORD * slot
+            buffer.busy += 1
+            queue._kept[slot] = buffer
+            store_u32(queue._records, record + _OWNER, self.own)
+            store_u64(queue._records, record + _TIME, ticks() if self.stats.on else 0)
+            self.budget.in_flight += 1
+            with cython.nogil:
+                done = queue.await_slot(slot, spin_ns)
+            if done:
+                self._close(slot)
+            if queue.orphans:
+                queue.sweep()  # some may have come back with it
+            return 1 if done else 0
+        finally:
+            queue.entered = False
+
+    def _close(self, slot: int) -> None:
+        """A request that went well is over."""
+        if self.stats.on:
+            self._count(slot, ticks())
+        self.queue._release(slot)
+        self.queue._let_go(slot)
+        self.budget.in_flight -= 1
+
+    def answer(self) -> Finished | bool:
+        """What became of what `attempt` began: false as long as it is under way, true when it is done, else
+        what the device said."""
+        queue = self.queue
+        self._begin()
+        try:
+            if queue.awaited:
+                queue.awaited = False
+                queue.disarm()
+            queue.kick()
+            queue.look()
+            said: Finished | bool = False
+            for _ in range(queue._ended_count):
+                slot = queue._next_ended()
+                whose = load_u32(queue._records, _RECORD * slot + _OWNER)
+                if whose == _NOBODY:
+                    queue._lose_orphan(slot)
+                elif whose != self.own:
+                    queue._put_ended(slot)
+                elif load_u64(queue._records, _RECORD * slot + _RESULT) == 0:
+                    self._close(slot)
+                    said = True
+                else:
+                    said = queue._report(slot)
+                    queue._release(slot)
+                    queue._let_go(slot)
+                    self.budget.in_flight -= 1
+            if said is False and (queue.broken or load_acquire_u32(queue._stop, 0) or self._pool is None):
+                self._alive()
+            return said
+        finally:
+            queue.entered = False
+
+    def credit(self, template: Template, nbytes: int, began: int) -> None:
+        """Count a request that turned out to have gone well."""
+        if self.stats.on:
+            self.stats.count(template.kind, nbytes, began, ticks())
+
+    def give_up(self) -> None:
+        """Wait no more for what `attempt` began, which may still take effect."""
+        self._begin()
+        self.queue.kick()
+        if self.queue.forsake(self.own, 0):
+            self.budget.in_flight -= 1
+        self.queue.entered = False
 
     def submit_plain(
         self, template: Template, offset: int, nbytes: int, most: int, data: int, token: int
