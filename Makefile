@@ -51,6 +51,9 @@ asan: build/asan.lock ## the tests of rings and targets under the address and un
 mutants: build ## each clause's one-line mutant, and whether its test kills it
 	$(VENV)/bin/python tests/mutants.py $(ARGS)
 
+bench: build ## ours beside other clients, on two cores and an idle machine (ARGS="--turns 7 vhost python")
+	$(VENV)/bin/python benchmarks/run.py $(ARGS)
+
 reference: build ## docs/reference.md, out of the docstrings
 	$(VENV)/bin/python tools/reference.py
 
@@ -62,7 +65,7 @@ clean: ## all that make has made, .venv too
 	rm -rf build .venv .venv-*
 	find src tests tools -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help demo test test-compiled test-interpreted lint format debug asan mutants reference coverage clean build peers
+.PHONY: help demo test test-compiled test-interpreted lint format debug asan mutants bench reference coverage clean build peers
 
 ##### How it is set up. One make at a time: a second one waits, and then finds it done.
 

@@ -1,0 +1,87 @@
+"""What it costs to have more queues, more disks, more units: on the embedded target."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import virtio.target
+import virtio_bdev
+from virtio_bdev import bench
+
+Values = dict[str, list[float]]
+
+
+def measure(turns: int) -> Iterator[tuple[str, str, Values]]:
+    """What, unit, and figures by how many there were."""
+    yield "start of Python with the library", "ms", _starts(turns)
+    yield "one queue of several, batch on null device", "ns", _queues(turns)
+    yield "attaching so many disks", "ms a disk", _disks(turns, memory=False)
+    yield "memory of an attached disk, 1 queue", "KiB", _disks(turns, memory=True)
+    yield "attaching a controller of so many units", "ms", _units(turns)
+
+
+def _starts(turns: int) -> Values:
+    """Of an interpreter: bare, with `virtio`'s rings, and with all of `virtio_bdev`."""
+    programs = {"bare": "", "virtio": "import virtio.device.blk", "virtio_bdev": "import virtio_bdev"}
+    values: Values = {name: [] for name in programs}
+    for _ in range(turns):
+        for name, program in programs.items():
+            begun = time.perf_counter()
+            subprocess.run([sys.executable, "-c", program], check=True)
+            values[name].append(1e3 * (time.perf_counter() - begun))
+    return values
+
+
+def _queues(turns: int) -> Values:
+    """The same load on one queue, of a controller with 1 to 16."""
+    values: Values = {}
+    with virtio.target.serve("blk", ram="16M", queues=16) as target:
+        for _ in range(turns):
+            for queues in (1, 4, 16):
+                with virtio_bdev.attach(target.address, dev_type="blk", queues=queues) as controller:
+                    (bdev,) = controller.values()
+                    with bdev.open(wait="poll") as channel:
+                        result = bench.run(channel, iodepth=32, requests=20_000)
+                        values.setdefault(str(queues), []).append(1e9 / result.iops)
+    return values
+
+
+def _disks(turns: int, *, memory: bool) -> Values:
+    values: Values = {}
+    counts = (1, 16, 256) if not memory else (16, 256)
+    with ExitStack() as stack:
+        targets = [stack.enter_context(virtio.target.serve("blk", ram="1M")) for _ in range(max(counts))]
+        for _ in range(turns if not memory else 1):
+            for count in counts:
+                before, begun = _resident(), time.perf_counter()
+                with ExitStack() as attached:
+                    for target in targets[:count]:
+                        attached.enter_context(virtio_bdev.attach(target.address, dev_type="blk", queues=1))
+                    took = 1e3 * (time.perf_counter() - begun) / count
+                    grown = (_resident() - before) / count
+                values.setdefault(str(count), []).append(grown if memory else took)
+    return values
+
+
+def _units(turns: int) -> Values:
+    values: Values = {}
+    for count in (1, 64, 1024):
+        disks = [f"{number // 16}:{number % 16}=ram:1M" for number in range(count)]
+        with virtio.target.serve("scsi", *disks) as target:
+            for _ in range(turns):
+                begun = time.perf_counter()
+                with virtio_bdev.attach(target.address) as controller:
+                    assert len(controller) == count
+                    values.setdefault(str(count), []).append(1e3 * (time.perf_counter() - begun))
+    return values
+
+
+def _resident() -> float:
+    """KiB of this process in memory."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1024

@@ -1,0 +1,172 @@
+"""The clients that take turns, each a process on a core of its own, and the disk that they share."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BLKIO = ROOT / "build" / "blkio"
+_WAYS = Path(__file__).with_name("ways.py")
+_TARGET_CORE, _CLIENT_CORE = "0", "1"
+_PATIENCE_S = 30.0
+_NBYTES = 1 << 30
+_FILE_BYTES = 256 << 20
+
+_IOTHREAD = ["--object", "iothread,id=t0,poll-max-ns=100000000"]
+
+
+@contextlib.contextmanager
+def storage_daemon(backing: str, *, nbd: bool = False) -> Iterator[str]:
+    """qemu-storage-daemon on the target's core, with a disk that is nothing or a file in RAM: its socket."""
+    with tempfile.TemporaryDirectory(prefix="bench-", dir="/dev/shm") as folder:
+        disk = f"driver=null-co,node-name=n0,size={_NBYTES},read-zeroes=on"
+        if backing != "null-co":
+            with open(f"{folder}/disk", "wb") as file:
+                file.write(os.urandom(1 << 20) * (_FILE_BYTES >> 20))
+            disk = f"driver=file,filename={folder}/disk,node-name=n0"
+        path = f"{folder}/socket"
+        if nbd:
+            export = ["--nbd-server", f"addr.type=unix,addr.path={path}"]
+            export += ["--export", "type=nbd,id=e0,node-name=n0,name=disk,writable=on,iothread=t0"]
+        else:
+            export = ["--export", f"type=vhost-user-blk,id=e0,node-name=n0,addr.type=unix,addr.path={path}"]
+            export[-1] += ",writable=on,num-queues=4,iothread=t0"
+        argv = ["taskset", "-c", _TARGET_CORE, "qemu-storage-daemon", "--blockdev", disk, *_IOTHREAD, *export]
+        daemon = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        try:
+            deadline = time.monotonic() + _PATIENCE_S
+            while not os.path.exists(path):
+                if daemon.poll() is not None or time.monotonic() > deadline:
+                    raise SystemExit("qemu-storage-daemon does not start")
+                time.sleep(0.01)
+            yield path
+        finally:
+            daemon.kill()
+            daemon.wait()
+
+
+def _client(*argv: str, env: dict[str, str] | None = None) -> str:
+    done = subprocess.run(
+        ["taskset", "-c", _CLIENT_CORE, *argv],
+        capture_output=True,
+        text=True,
+        timeout=_PATIENCE_S,
+        env={**os.environ, **(env or {})},
+        stdin=subprocess.DEVNULL,
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(argv)}: {done.stderr}")
+    return done.stdout
+
+
+def ours(socket: str, rw: str, bs: int, depth: int, poll: bool, seconds: float) -> float:
+    """`virtio-bdev bench`: requests a second."""
+    said = _client(
+        *(sys.executable, "-m", "virtio_bdev", "bench", f"user:{socket}", "--dev-type", "blk"),
+        *("--queues", "1", "--rw", rw, "--bs", str(bs), "--iodepth", str(depth), "--yes", "--json"),
+        *("--runtime", str(seconds), "--wait", "poll" if poll else "event"),
+    )
+    job = json.loads(said)["jobs"][0]
+    return float(job["read"]["iops"] + job["write"]["iops"])
+
+
+@functools.cache
+def _blkio() -> Path | None:
+    """blkio-bench, out of Debian's packages if it is not there yet."""
+    program = BLKIO / "blkio-bench"
+    if program.exists():
+        return program
+    if not shutil.which("mmdebstrap") or not shutil.which("cc"):
+        return None
+    sources = subprocess.run(
+        ["apt-get", "indextargets", "--format", "$(REPO_URI)"], capture_output=True, text=True
+    )
+    mirrors = [line for line in sources.stdout.split() if "security" not in line]
+    tree = BLKIO / "tree"
+    BLKIO.mkdir(parents=True, exist_ok=True)
+    argv = [
+        "mmdebstrap",
+        "--variant=extract",
+        "--include=libblkio1,libblkio-dev",
+        "trixie",
+        str(tree),
+        *mirrors[:1],
+    ]
+    try:
+        subprocess.run(argv, check=True, capture_output=True, timeout=300)
+        shutil.copy(next(tree.glob("usr/lib/*/libblkio.so.1.*")), BLKIO / "libblkio.so.1")
+        shutil.copy(tree / "usr/include/blkio.h", BLKIO)
+        source = tree / "usr/share/doc/libblkio-dev/examples/blkio-bench.c"
+        flags = [
+            "-O2",
+            f"-I{BLKIO}",
+            "-o",
+            str(program),
+            str(source),
+            str(BLKIO / "libblkio.so.1"),
+            "-lpthread",
+        ]
+        subprocess.run(["cc", *flags], check=True, capture_output=True, timeout=60)
+    except (subprocess.SubprocessError, OSError, StopIteration):
+        return None
+    return program
+
+
+def blkio(left_out: list[str]) -> Path | None:
+    """libblkio's own benchmark, or None, which is noted."""
+    program = _blkio()
+    if program is None:
+        left_out.append(
+            "libblkio: its packages of Debian 13 (libblkio1, libblkio-dev) want mmdebstrap and cc"
+        )
+    return program
+
+
+def blkio_bench(
+    program: Path, socket: str, rw: str, bs: int, depth: int, poll: bool, seconds: float
+) -> float:
+    """Requests a second."""
+    said = _client(
+        *(str(program), f"--runtime={max(1, round(seconds))}", f"--readwrite={rw}", f"--blocksize={bs}"),
+        *(f"--iodepth={depth}", *(["--poll"] if poll else []), "virtio-blk-vhost-user", f"path={socket}"),
+        env={"LD_LIBRARY_PATH": str(program.parent)},
+    )
+    match = re.search(r'"kiops":\s*([0-9.]+)', said)
+    assert match is not None, said
+    return 1000 * float(match[1])
+
+
+@functools.cache
+def _system_python() -> str | None:
+    """An interpreter that has libnbd's bindings: the system's, if any."""
+    for python in (sys.executable, "/usr/bin/python3"):
+        if os.path.exists(python):
+            if subprocess.run([python, "-c", "import nbd"], capture_output=True).returncode == 0:
+                return python
+    return None
+
+
+def has_libnbd(left_out: list[str]) -> bool:
+    """Whether it takes part; noted, if not."""
+    if _system_python() is None:
+        left_out.append("libnbd: its Python bindings (Debian: python3-libnbd)")
+        return False
+    return True
+
+
+def python_way(way: str, depth: int, seconds: float) -> float:
+    """Requests a second of one of the ways in ways.py."""
+    with storage_daemon("null-co", nbd=way == "libnbd") as socket:
+        python = (_system_python() if way == "libnbd" else None) or sys.executable
+        return float(_client(python, str(_WAYS), way, socket, str(depth), str(seconds)))

@@ -1,0 +1,206 @@
+"""`make bench`: ours beside other clients of the same disks, by turns, on two cores; a table and a record.
+
+The target has one core and the client the other. Every client has its turn before any has its next one; a
+row gives medians, and the median of the ratios turn by turn with a 95 % bootstrap interval. What is not there
+to be compared with is left out, and said. docs/performance.md has one run, and what bounds each figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import driver
+import growth
+import msgspec
+import peers
+
+ROOT = Path(__file__).parents[1]
+RECORDS = ROOT / "build" / "bench"
+_BUSY = 0.3  # load of a machine that is doing something else
+_RESAMPLES = 2000
+
+
+class Row(msgspec.Struct):
+    """One thing measured: of each contender a figure for each turn, the first one being ours."""
+
+    what: str
+    unit: str
+    figures: dict[str, list[float]]
+    more_is_better: bool = True
+
+    def medians(self) -> dict[str, float]:
+        return {name: statistics.median(values) for name, values in self.figures.items()}
+
+    def ratio(self, other: str) -> tuple[float, float, float]:
+        """Ours by the other's, so that more is better, and the ends of a 95 % bootstrap interval."""
+        ours, theirs = next(iter(self.figures.values())), self.figures[other]
+        each = [a / b if self.more_is_better else b / a for a, b in zip(ours, theirs, strict=True)]
+        chance = random.Random(1)
+        resampled = sorted(statistics.median(chance.choices(each, k=len(each))) for _ in range(_RESAMPLES))
+        return statistics.median(each), resampled[_RESAMPLES // 40], resampled[-_RESAMPLES // 40]
+
+
+class Record(msgspec.Struct):
+    """A run, and where it was made."""
+
+    when: str
+    commit: str
+    cpu: str
+    cores: int
+    kernel: str
+    python: str
+    load: float
+    turns: int
+    seconds: float
+    rows: list[Row]
+    left_out: list[str]
+
+
+Suite = Callable[[int, float, list[str]], Iterator[Row]]
+
+
+def vhost(turns: int, seconds: float, left_out: list[str]) -> Iterator[Row]:
+    """qemu-storage-daemon's vhost-user-blk: ours and libblkio."""
+    for backing in ("null-co", "file in RAM"):
+        for rw, bs, depths in (("randread", 4096, (1, 32, 128)), ("randwrite", 4096, (1, 32, 128))):
+            for poll in (True, False):
+                for depth in depths:
+                    yield _compare(backing, rw, bs, depth, poll, turns, seconds, left_out)
+        yield _compare(backing, "read", 131072, 32, True, turns, seconds, left_out)
+
+
+def _compare(
+    backing: str,
+    rw: str,
+    bs: int,
+    depth: int,
+    poll: bool,
+    turns: int,
+    seconds: float,
+    left_out: list[str],
+) -> Row:
+    how = "polled" if poll else "eventfd"
+    row = Row(f"{backing}, {bs // 1024} KiB {rw}, QD {depth}, {how}", "IOPS", {"ours": []})
+    blkio = peers.blkio(left_out)
+    if blkio is not None:
+        row.figures["libblkio"] = []
+    for _ in range(turns):
+        with peers.storage_daemon(backing) as socket:  # a fresh one, as it adapts to what it has seen
+            row.figures["ours"].append(peers.ours(socket, rw, bs, depth, poll, seconds))
+        if blkio is not None:
+            with peers.storage_daemon(backing) as socket:
+                row.figures["libblkio"].append(peers.blkio_bench(blkio, socket, rw, bs, depth, poll, seconds))
+    return row
+
+
+def python(turns: int, seconds: float, left_out: list[str]) -> Iterator[Row]:
+    """Ways from Python to the same disk."""
+    for depth in (1, 32):
+        row = Row(f"null-co from Python, 4 KiB randread, QD {depth}", "IOPS", {})
+        ways = ["batch", "asyncio"] if depth > 1 else ["blocking", "asyncio"]
+        row.figures = {way: [] for way in ways}
+        if peers.has_libnbd(left_out):
+            row.figures["libnbd"] = []
+        for _ in range(turns):
+            for way, values in row.figures.items():
+                values.append(peers.python_way(way, depth, seconds))
+        yield row
+
+
+def alone(turns: int, seconds: float, left_out: list[str]) -> Iterator[Row]:
+    """The driver on a device that answers at once."""
+    for way, by_layout in driver.measure(turns, int(200_000 * min(1.0, seconds))).items():
+        yield Row(f"driver alone, {way}", "ns a request", by_layout, more_is_better=False)
+
+
+def grown(turns: int, seconds: float, left_out: list[str]) -> Iterator[Row]:
+    """What more of everything costs."""
+    for what, unit, values in growth.measure(turns):
+        yield Row(what, unit, values, more_is_better=False)
+
+
+SUITES: dict[str, Suite] = {"vhost": vhost, "python": python, "driver": alone, "growth": grown}
+
+
+def machine(turns: int, seconds: float) -> Record:
+    """Where this is, and what."""
+    with open("/proc/cpuinfo") as lines:
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "?")
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return Record(
+        now,
+        commit,
+        cpu,
+        os.cpu_count() or 1,
+        platform.release(),
+        platform.python_version(),
+        os.getloadavg()[0],
+        turns,
+        seconds,
+        [],
+        [],
+    )
+
+
+def show(row: Row) -> None:
+    """A line of the table."""
+    medians = row.medians()
+    words = [
+        f"{name} {median:,.1f}" if median < 1000 else f"{name} {median:,.0f}"
+        for name, median in medians.items()
+    ]
+    line = f"{row.what:52} {row.unit:>12}  {'  '.join(words)}"
+    for name in list(medians)[1:]:
+        middle, low, high = row.ratio(name)
+        line += f"  x{middle:.2f} ({low:.2f}..{high:.2f}) of {name}"
+    print(line, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "suites", nargs="*", metavar="SUITE", help=f"any of {', '.join(SUITES)}; all unless given"
+    )
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each turn")
+    parser.add_argument("--force", action="store_true", help="also on a machine that is busy")
+    options = parser.parse_args()
+    if unknown := set(options.suites) - set(SUITES):
+        parser.error(f"{', '.join(unknown)}: want any of {', '.join(SUITES)}")
+    record = machine(options.turns, options.seconds)
+    if record.load > _BUSY and not options.force:
+        sys.exit(
+            f"this machine has a load of {record.load:.2f}: wait until it is below {_BUSY}, or use --force"
+        )
+    print(
+        f"{record.cpu}, {record.cores} cores, Linux {record.kernel}, Python {record.python}, {record.commit}"
+    )
+    for name in options.suites or SUITES:
+        for row in SUITES[name](options.turns, options.seconds, record.left_out):
+            record.rows.append(row)
+            show(row)
+    for what in dict.fromkeys(record.left_out):
+        print(f"left out: {what}")
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    path = RECORDS / f"{record.when.replace(':', '')}.json"
+    path.write_text(json.dumps(msgspec.to_builtins(record), indent=1))
+    print(f"recorded in {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
