@@ -393,13 +393,13 @@ class Channel(Submitter):
     def _drain(self) -> None:
         eventfd.drain(self._lease.completion_fd)
 
-    def apply(self, load: Load, depth: int, *, write: bool) -> None:
+    def apply(self, load: Load, depth: int) -> None:
         """Put a load on the disk, `depth` requests in flight, until it ends; for `bench`.
 
-        It writes random bytes. The first error of the device ends it, and is raised when all requests
-        are back; the channel's time-out is for each answer, not for the whole.
+        It writes random bytes. The first error of the device ends it, and is raised when all requests are
+        back; the channel's time-out is for each answer, not for the whole.
         """
-        self._check(0, load.nbytes, write=write)
+        self._check(0, load.nbytes, write=load.reads < 100)
         limits, name = self._disk.limits, self.bdev.name
         if load.nbytes > limits.max_transfer:
             raise RequestError(
@@ -412,11 +412,12 @@ class Channel(Submitter):
                 f"{depth} requests in flight, want 1 to {most}: more than {name} takes on each of "
                 f"{queues} queues"
             )
-        with self._cells(load.nbytes, depth) as cells:
-            if write:
+        mixed = 0 < load.reads < 100
+        with self._cells(load.nbytes, 2 * depth if mixed else depth) as cells:
+            if load.reads < 100:
                 cells.view()[:] = os.urandom(cells.nbytes)
             task = Task(
-                self._disk.write if write else self._disk.read,
+                self._disk.read if load.reads else self._disk.write,
                 memoryview(array("Q")),
                 load.nbytes,
                 load.nbytes,
@@ -426,6 +427,7 @@ class Channel(Submitter):
                 depth=depth,
                 buffers=[cells],
                 load=load,
+                other=self._disk.write,
             )
             seen, deadline = 0, deadline_in(self.timeout)
 

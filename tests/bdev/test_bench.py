@@ -10,6 +10,7 @@ import pytest
 import virtio_bdev
 from virtio.errors import (
     DeviceError,
+    NoQueueError,
     ReadOnlyError,
     RequestError,
     RequestTimeout,
@@ -44,6 +45,71 @@ def test_a_sequence_of_writes_fills_the_whole_disk_with_random_bytes(channel, co
     assert len(bytes_seen) == bdev.size
     for at in range(0, bdev.size, 1 << 20):
         assert len(set(bytes_seen[at : at + 65536])) == 256
+
+
+@pytest.mark.parametrize("rw", ["write", "randwrite", "randrw"])
+def test_only_the_part_that_was_asked_for_is_touched(channel, controller, rw):
+    bench.run(channel, rw=rw, bs=4096, offset=1 << 20, size=64 << 10, requests=1000)
+    image = controller.image.read_bytes()
+    assert not any(image[: 1 << 20]) and not any(image[(1 << 20) + (64 << 10) :])
+    blocks = [image[(1 << 20) + at : (1 << 20) + at + 4096] for at in range(0, 64 << 10, 4096)]
+    assert all(any(block) for block in blocks)
+
+
+@pytest.mark.parametrize("rw", ["rw", "randrw"])
+@pytest.mark.parametrize("percent", [0, 30, 100])
+def test_reads_and_writes_are_mixed_and_counted_apart(channel, rw, percent):
+    before = channel.bdev.geometry.size
+    result = bench.run(channel, rw=rw, rwmixread=percent, requests=4000)
+    assert result.requests == 4000 and before == channel.bdev.geometry.size
+    assert result.reads.count == pytest.approx(40 * percent, abs=200 if 0 < percent < 100 else 0)
+    assert result.latency.count == 4000 and result.latency.maximum == max(
+        result.reads.maximum, result.writes.maximum
+    )
+
+
+def test_what_ends_in_the_ramp_is_not_counted(channel):
+    long = bench.run(channel, runtime=0.2, ramp=0.3, iodepth=1)
+    assert 0.2 <= long.seconds < 0.4
+    with pytest.raises(RequestError, match="want more than 0"):
+        bench.run(channel, ramp=-1)
+
+
+def test_several_jobs_have_a_queue_each(bdev):
+    told = []
+    results = bench.run_jobs(
+        bdev, 3, runtime=1.2, iodepth=4, progress=lambda seconds, requests: told.append((seconds, requests))
+    )
+    assert len(results) == 3 and all(result.requests > 0 for result in results)
+    assert not any(result.interrupted for result in results)
+    assert [seconds for seconds, _ in told] == [1.0 + number for number in range(len(told))]
+    assert 0 < sum(requests for _, requests in told) <= sum(result.requests for result in results)
+    with pytest.raises(NoQueueError):
+        bench.run_jobs(bdev, 5, runtime=0.1)
+    assert bench.run_jobs(bdev, 4, requests=10)[3].requests == 10
+
+
+def test_ctrl_c_ends_all_jobs_and_keeps_what_was_measured(bdev):
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    begun = time.monotonic()
+    results = bench.run_jobs(bdev, 2, runtime=60)
+    assert time.monotonic() - begun < 10
+    assert all(result.interrupted and result.requests > 0 for result in results)
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        (dict(offset=1 << 24), "do not lie within"),
+        (dict(offset=100), "not on the 512-byte grid"),
+        (dict(size=1 << 30), "1073741824 bytes from 0 on: want 4096 to 16777216"),
+        (dict(size=512), "512 bytes from 0 on: want 4096 to"),
+        (dict(rwmixread=101), "rwmixread=101, want a percentage"),
+    ],
+)
+def test_a_part_that_is_none_is_told(bdev, how, words):
+    with pytest.raises(RequestError, match=words):
+        bench.run_jobs(bdev, 1, **how)
 
 
 def test_reading_writes_nothing(channel, controller):

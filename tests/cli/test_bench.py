@@ -19,16 +19,16 @@ INTERRUPTED = """
 import os, signal, threading, time
 from virtio_bdev import bench, cli
 
-def interrupted(channel, run=bench.run, **how):
+def interrupted(bdev, numjobs, run=bench.run_jobs, **how):
     def interrupt():
-        while not channel._lease.queue.in_flight:
+        while not any(lease.queue.in_flight for lease in bdev.controller.device.leases):
             time.sleep(0)
         print(time.monotonic(), flush=True)
         os.kill(os.getpid(), signal.SIGINT)
     threading.Thread(target=interrupt).start()
-    return run(channel, **how)
+    return run(bdev, numjobs, **how)
 
-bench.run = interrupted
+bench.run_jobs = interrupted
 cli.main()
 """
 
@@ -154,7 +154,9 @@ def test_what_cannot_be_is_one_line(disk, options, status, words):
 def test_ctrl_c_exits_130_and_leaves_the_disk_to_the_next(disk):
     status, out, err = bench(disk, "--runtime", "60", code=INTERRUPTED)
     assert (status, err.strip()) == (130, "")
-    assert time.monotonic() - float(out) < 5
+    when, measured = out.splitlines()
+    assert time.monotonic() - float(when) < 5
+    assert re.match(r"VirtioBlk0: randread of 4 KiB, 32 in flight: [\d,]+ IOPS, ", measured)
     assert bench(disk, "--runtime", "0.1")[0] == 0
 
 
@@ -164,3 +166,19 @@ def test_a_target_that_dies_is_one_line():
         status, _, err = bench(target, "--runtime", "60", code=code)
     assert status == 1 and err.count("\n") == 1
     assert target.path in err
+
+
+def test_jobs_and_mixes_are_lines_and_jobs_of_json(disk):
+    options = ["--rw", "randrw", "--rwmixread", "70", "--numjobs", "2", "--queues", "2", "--runtime", "0.3"]
+    options += ["--size", "64k", "--offset", "512k", "--ramp", "0.1", "--yes"]
+    status, out, err = bench(disk, *options)
+    assert (status, err) == (0, "")
+    reads, writes = out.splitlines()
+    assert reads.startswith("VirtioBlk0: randrw, reads of 4 KiB, 32 in flight on each of 2 queues: ")
+    assert writes.startswith("VirtioBlk0: randrw, writes of 4 KiB, 32 in flight on each of 2 queues: ")
+    status, out, err = bench(disk, *options, "--json")
+    jobs = json.loads(out)["jobs"]
+    assert len(jobs) == 2
+    for job in jobs:
+        assert job["read"]["total_ios"] > job["write"]["total_ios"] > 0
+        assert job["read"]["runtime"] == job["write"]["runtime"]

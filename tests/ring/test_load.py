@@ -218,12 +218,12 @@ def test_the_clock_is_read_once_for_few_requests_and_again_for_several_or_after_
     load = Load(512, 4096, random=False)
     load.enter()
     assert load.begin(1)
-    load.complete(load.begun)
+    load.complete(load.begun, False)
     seen = load.now
     assert load.begin(1) and load.now == seen  # what replaces a request begins when it was done
-    load.complete(seen)
+    load.complete(seen, False)
     assert load.begin(32) and load.now > load.begun + load.latency.maximum
-    load.complete(seen)
+    load.complete(seen, False)
     seen = load.now
     load.enter()
     assert load.begin(1) and load.now > seen

@@ -4,7 +4,7 @@ cimport cython
 from libc.stdint cimport uint64_t
 
 from virtio.ring._bits cimport bit_length, scale
-from virtio.ring._mem cimport Mem, load_u64, store_u64, window
+from virtio.ring._mem cimport Mem, fill, load_u64, store_u64, window
 from virtio.ring._os cimport now_ns
 
 cdef uint64_t _LAST, _SEVERAL, _GAMMA, _MIX1, _MIX2
@@ -21,6 +21,9 @@ cdef class Histogram:
 
     @cython.locals(index=uint64_t, bits=int)
     cpdef void record(self, uint64_t value) noexcept nogil
+    cpdef void clear(self) noexcept nogil
+    @cython.locals(index=int, count=uint64_t)
+    cpdef add(self, Histogram other)
     @cython.locals(index=int, count=uint64_t, shift=int, low=uint64_t, width=uint64_t)
     cpdef list buckets(self)
 
@@ -28,13 +31,16 @@ cdef class Histogram:
 @cython.final
 cdef class Load:
     cdef readonly uint64_t nbytes, requests, begun, now, deadline
-    cdef readonly Histogram latency
+    cdef readonly int reads
+    cdef readonly Histogram latency, written
     cdef public uint64_t errors
-    cdef uint64_t _blocks, _runtime, _seed
-    cdef bint _random, _fresh
+    cdef uint64_t _blocks, _runtime, _seed, _base, _ramp
+    cdef bint _random, _fresh, _stopped
 
     @cython.locals(block=uint64_t)
     cpdef uint64_t offset(self, uint64_t number) noexcept nogil
+    @cython.locals(mixed=uint64_t)
+    cpdef bint is_write(self, uint64_t number) noexcept nogil
     cpdef void enter(self) noexcept nogil
     cpdef bint begin(self, uint64_t count) noexcept nogil
-    cpdef void complete(self, uint64_t began) noexcept nogil
+    cpdef void complete(self, uint64_t began, bint write) noexcept nogil

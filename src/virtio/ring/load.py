@@ -15,7 +15,7 @@ from virtio.errors import RequestError
 
 if not cython.compiled:
     from virtio.ring._bits import bit_length, scale
-    from virtio.ring._mem import load_u64, store_u64, window
+    from virtio.ring._mem import fill, load_u64, store_u64, window
     from virtio.ring._os import now_ns
 
 UNLIMITED = 1 << 62  # requests, or nanoseconds
@@ -68,6 +68,25 @@ class Histogram:
         if value > self.maximum:
             self.maximum = value
 
+    def clear(self) -> None:
+        """Forget all values."""
+        self.count = self.total = self.maximum = 0
+        self._least = _LAST
+        self._squares = 0.0
+        fill(self._counts, 0, 0, 8 * _BUCKETS)
+
+    def add(self, other: Histogram) -> None:
+        """Count all that another one has counted, too."""
+        for index in range(_BUCKETS):
+            count = load_u64(other._counts, 8 * index)
+            if count:
+                store_u64(self._counts, 8 * index, load_u64(self._counts, 8 * index) + count)
+        self.count += other.count
+        self.total += other.total
+        self.maximum = max(self.maximum, other.maximum)
+        self._least = min(self._least, other._least)
+        self._squares += other._squares
+
     @property
     def minimum(self) -> int:
         """The least value, 0 if there was none."""
@@ -114,13 +133,15 @@ class Histogram:
 
 
 class Load:
-    """Requests of `nbytes` each, all over the `size` bytes of a disk: in sequence, or at random.
+    """Requests of `nbytes` each, all over `size` bytes of a disk from `base` on: in sequence, or at random.
 
-    It ends after `runtime_ns` or so many `requests`, whichever comes first, or with the first error.
-    A sequence begins again at the disk's start when it has come to its end; what is left there, less
-    than `nbytes`, is not touched. The same `seed` gives the same offsets. `latency` is in nanoseconds,
-    from when a request is about to be put on the ring until its completion is seen; requests that
-    are put there, or seen, together share one reading of the clock. For one run, by one thread.
+    So many percent of them are `reads`, in no order; the others are writes, whose latencies are counted in
+    `written`. What ends in the first `ramp_ns` is not counted at all. It ends after `runtime_ns` more or so
+    many `requests`, whichever comes first, or with the first error. A sequence begins again at `base` when
+    it has come to its end; what is left there, less than `nbytes`, is not touched. The same `seed` gives the
+    same offsets. `latency` is in nanoseconds, from when a request is about to be put on the ring until its
+    completion is seen; requests that are put there, or seen, together share one reading of the clock. For
+    one run, by one thread.
     """
 
     def __init__(
@@ -129,6 +150,9 @@ class Load:
         size: int,
         *,
         random: bool,
+        base: int = 0,
+        reads: int = 100,
+        ramp_ns: int = 0,
         runtime_ns: int = UNLIMITED,
         requests: int = UNLIMITED,
         seed: int = 0,
@@ -137,16 +161,20 @@ class Load:
             raise RequestError(f"requests of {nbytes} bytes on {size} bytes")
         if runtime_ns <= 0 or requests <= 0:
             raise RequestError(f"a load of {requests} requests in {runtime_ns} ns")
+        if base < 0 or not 0 <= reads <= 100 or ramp_ns < 0:
+            raise RequestError(f"a load from byte {base} on, with {reads} % of reads, after {ramp_ns} ns")
         self.nbytes = nbytes
         self.requests = requests
-        self.latency = Histogram()
+        self.reads = reads
+        self.latency, self.written = Histogram(), Histogram()
         self.errors = 0
         self.begun = self.now = self.deadline = 0
-        self._fresh = False
+        self._fresh = self._stopped = False
         self._blocks = size // nbytes
         self._random = random
         self._runtime = min(runtime_ns, UNLIMITED)
         self._seed = seed & _LAST
+        self._base, self._ramp = base, min(ramp_ns, UNLIMITED)
 
     def offset(self, number: int) -> int:
         """The byte on the disk where request `number` begins."""
@@ -158,14 +186,26 @@ class Load:
             block = scale(block ^ block >> 31, self._blocks)
         elif number >= self._blocks:
             block = number % self._blocks
-        return block * self.nbytes
+        return self._base + block * self.nbytes
+
+    def is_write(self, number: int) -> bool:
+        """Whether request `number` is one."""
+        if self.reads == 100:
+            return False
+        mixed = (~self._seed + (number + 1) * _GAMMA) & _LAST
+        mixed = ((mixed ^ mixed >> 30) * _MIX1) & _LAST
+        return scale(mixed ^ mixed >> 31, 100) >= self.reads
+
+    def stop(self) -> None:
+        """Start nothing more; from any thread."""
+        self._stopped = True
 
     def enter(self) -> None:
         """A run begins, or goes on after a break in which time has passed."""
         self._fresh = False
         if self.begun == 0:
             self.begun = self.now = now_ns()
-            self.deadline = self.begun + self._runtime
+            self.deadline = self.begun + self._ramp + self._runtime
 
     def begin(self, count: int) -> bool:
         """So many requests are about to be submitted, at `now`; false if it is too late for that.
@@ -175,11 +215,19 @@ class Load:
         if count > _SEVERAL or (count and not self._fresh):
             self.now = now_ns()
         self._fresh = False
-        return count == 0 or self.now < self.deadline
+        if self._ramp and self.now >= self.begun + self._ramp:
+            self._ramp = 0
+            self.begun = self.now
+            self.latency.clear()
+            self.written.clear()
+        return count == 0 or (self.now < self.deadline and not self._stopped)
 
-    def complete(self, began: int) -> None:
+    def complete(self, began: int, write: bool) -> None:
         """Count a request that was submitted at `began`, and has just been seen to be done."""
         if not self._fresh:
             self.now = now_ns()
             self._fresh = True
-        self.latency.record(self.now - began)
+        if write:
+            self.written.record(self.now - began)
+        else:
+            self.latency.record(self.now - began)

@@ -30,7 +30,7 @@ from virtio.ring.packed cimport PackedRing
 from virtio.ring.split cimport SplitRing
 from virtio.ring.stats cimport Stats
 
-cdef int _NO_DATA, _TO_DEVICE, _FROM_DEVICE, _OFFSET, _NBYTES, _CONSTANT, _BOUNCED, _LOADED
+cdef int _WRITES, _NO_DATA, _TO_DEVICE, _FROM_DEVICE, _OFFSET, _NBYTES, _CONSTANT, _BOUNCED, _LOADED
 cdef int _DONE, _TICK, _IDLE, _FAULT, _BROKEN, _LOST, _UNFIT, _PAUSED
 cdef uint32_t _STOP, _PAUSE
 cdef int _NEXT, _WRITE, _INDIRECT, _NOTHING, _RING_BROKEN, _FULL, _MISFIT
@@ -59,7 +59,7 @@ cdef class Template:
 
 @cython.final
 cdef class Task:
-    cdef readonly Template template
+    cdef readonly Template template, other
     cdef readonly Load load
     cdef readonly Stats stats
     cdef readonly bint counted
@@ -72,7 +72,7 @@ cdef class Task:
     cdef dict _failed
     cdef Mem _offsets, _user, _status, _left, _cells
     cdef int _mode
-    cdef uint64_t _base, _depth
+    cdef uint64_t _base, _depth, _apart
     cdef object _again_array
     cdef Mem _again
     cdef uint32_t _free_cells, _again_count
@@ -129,7 +129,7 @@ cdef class RequestQueue:
     @cython.locals(count=int, part=uint64_t, item=uint64_t, within=uint64_t, nbytes=uint64_t,
                    place=uint64_t, data=uint64_t, offset=uint64_t, slot=int, now=uint64_t)
     cdef int _fill(self, Task task) noexcept nogil
-    @cython.locals(room=uint64_t, part=uint64_t, data=uint64_t, slot=int)
+    @cython.locals(room=uint64_t, part=uint64_t, data=uint64_t, place=uint64_t, slot=int)
     cdef int _fill_load(self, Task task) noexcept nogil
     @cython.locals(moved=uint64_t, slot=uint32_t, record=size_t, base=size_t, same=bint, i=int, patch=size_t,
                    source=int, value=uint64_t, key=uint32_t, laid=int)
@@ -171,7 +171,7 @@ cdef class RequestQueue:
     cdef int _collect(self, Task task) noexcept nogil
     @cython.locals(place=size_t, result=uint64_t)
     cdef uint64_t _result(self, uint32_t slot) noexcept nogil
-    @cython.locals(began=uint64_t)
+    @cython.locals(began=uint64_t, write=bint)
     cdef void _complete(self, Task task, size_t record) noexcept nogil
     @cython.locals(part=uint64_t, data=uint64_t, item=uint64_t, place=uint64_t)
     cdef void _deliver(self, Task task, size_t record) noexcept nogil

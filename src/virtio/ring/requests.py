@@ -70,6 +70,7 @@ IN_PLACE, CONSTANT, BOUNCED, LOADED = 0, 1, 2, 3
 DONE, TICK, IDLE, FAULT, BROKEN, LOST, UNFIT, PAUSED = 0, 1, 2, 3, 4, 5, 6, 7
 
 _NO_DATA, _TO_DEVICE, _FROM_DEVICE = 0, 1, 2
+_WRITES = WRITE
 _OFFSET, _NBYTES = 0, 1
 _CONSTANT, _BOUNCED, _LOADED = 1, 2, 3
 _DONE, _TICK, _IDLE, _FAULT, _BROKEN, _LOST, _UNFIT, _PAUSED = 0, 1, 2, 3, 4, 5, 6, 7
@@ -207,7 +208,8 @@ class Task:
     Where there is a `throttle`, it decides how many parts are `allowed`, from 0 on.
 
     A LOADED one has the offsets of `load`, none of its own, items of one part, and no status; it
-    starts nothing more after the load's end, or the first error.
+    starts nothing more after the load's end, or the first error. `other` is its template of writes, if it
+    mixes them with reads; those have as many cells more, behind the others.
     """
 
     def __init__(
@@ -224,6 +226,7 @@ class Task:
         depth: int = 1 << 16,
         buffers: Sequence[Buffer] = (),
         load: Load | None = None,
+        other: Template | None = None,
         stats: Stats | None = None,
     ) -> None:
         items = len(offsets)
@@ -238,6 +241,7 @@ class Task:
         if (load is not None) != (mode == LOADED):
             raise RequestError("a load, and the mode LOADED, need each other")
         self.template = template
+        self.other = other or template  # what a load does where it does not read
         self.load: Load = load  # type: ignore[assignment]  # None, but where `mode` is LOADED
         self.stats: Stats = stats  # type: ignore[assignment]  # None, but where `counted`
         self.counted = stats is not None and stats.on and load is None
@@ -253,6 +257,10 @@ class Task:
         moved = {IN_PLACE: items * item_bytes, CONSTANT: one}.get(mode, cells * part_bytes)
         self.data_end = 0 if template.direction == NO_DATA else base + moved
         self._failed: dict[int, int] = {}
+        self._apart = 0  # how far behind the cells of a load's reads those of its writes are
+        if load is not None and 0 < load.reads < 100:
+            self._apart = cells * part_bytes
+            self.data_end += self._apart
         self._mode, self._base, self._depth = mode, base, depth
         self._offsets_view, self._user_view = offsets, user
         self._offsets = window(offsets) if items else null()
@@ -945,7 +953,12 @@ class RequestQueue:
             part = task.started
             task._free_cells -= 1
             data = load_u64(task._cells, 8 * task._free_cells)
-            slot = self._start(task.template, task.load.offset(part), task.item_bytes, data, part, _TASK)
+            place = task.load.offset(part)
+            if task.load.is_write(part):
+                data += task._apart
+                slot = self._start(task.other, place, task.item_bytes, data, part, _TASK)
+            else:
+                slot = self._start(task.template, place, task.item_bytes, data, part, _TASK)
             if slot < 0:
                 return _MISFIT
             store_u64(self._records, _RECORD * slot + _TIME, task.load.now)
@@ -1181,7 +1194,8 @@ class RequestQueue:
     def _complete(self, task: Task, record: int) -> None:
         self._deliver(task, record)
         if task._mode == _LOADED:
-            task.load.complete(load_u64(self._records, record + _TIME))
+            write = load_u16(self._records, record + _KIND) == _WRITES
+            task.load.complete(load_u64(self._records, record + _TIME), write)
             task._count()
             return
         if task.counted:
@@ -1201,6 +1215,8 @@ class RequestQueue:
             item = part // task.parts
             place = item * task.item_bytes + (part - item * task.parts) * task.part_bytes
             copy(task._user, place, self._region, data, load_u64(self._records, record + _LENGTH))
+        if task._apart and data >= task._base + task._apart:
+            data -= task._apart
         store_u64(task._cells, 8 * task._free_cells, data)
         task._free_cells += 1
 

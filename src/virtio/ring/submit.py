@@ -131,7 +131,7 @@ class Submitter:
     def submit(
         self, template: Template, offset: int, buffer: Buffer, at: int, nbytes: int, token: int
     ) -> bool:
-        """Queue a transfer between the disk at `offset` and the buffer at `at`."""
+        """Queue a transfer between the disk at `offset` and the buffer at `at`; for `Channel` to call."""
         if nbytes < 0:
             nbytes = buffer.nbytes
             nbytes -= at
@@ -209,7 +209,7 @@ class Submitter:
 
     def answer(self) -> Finished | bool:
         """What became of what `attempt` began: false as long as it is under way, true when it is done, else
-        what the device said."""
+        what the device said; for `Channel` to call."""
         queue = self.queue
         self._begin()
         try:
@@ -241,12 +241,12 @@ class Submitter:
             queue.entered = False
 
     def credit(self, template: Template, nbytes: int, began: int) -> None:
-        """Count a request that turned out to have gone well."""
+        """Count a request that turned out to have gone well; for `Channel` to call."""
         if self.stats.on:
             self.stats.count(template.kind, nbytes, began, ticks())
 
     def give_up(self) -> None:
-        """Wait no more for what `attempt` began, which may still take effect."""
+        """Wait no more for what `attempt` began, which may take effect yet; for `Channel` to call."""
         self._begin()
         self.queue.kick()
         if self.queue.forsake(self.own, 0):
