@@ -32,6 +32,7 @@ FRONT = "src/virtio/transport/vhost_user.py"
 SESSION = "src/virtio/transport/session.py"
 WIRE = "src/virtio/wire/vhost_user.py"
 SPLIT = "src/virtio/ring/split.py"
+PACKED = "src/virtio/ring/packed.py"
 REQUESTS = "src/virtio/ring/requests.py"
 DEVICE = "src/virtio/device/base.py"
 BLK = "src/virtio/device/blk.py"
@@ -49,9 +50,9 @@ PCI_BASE = "src/virtio/transport/pci_base.py"
 PCI_WIRE = "src/virtio/wire/pci.py"
 BELL = "src/virtio/ring/doorbell.py"
 
-INIT, RING, USER, CLEAN, BLOCK, UNITS, RESET = (
+INIT, RING, PACKED_RING, USER, CLEAN, BLOCK, UNITS, RESET = (
     f"{CONFORMANCE}/test_{name}.py"
-    for name in ("init", "split_ring", "vhost_user", "cleanup", "blk", "scsi", "reset")
+    for name in ("init", "split_ring", "packed_ring", "vhost_user", "cleanup", "blk", "scsi", "reset")
 )
 EXPLAIN = "tests/device/test_explain.py"
 PCI, LEGACY_PCI, PCI_SPACE, BELL_TEST = (
@@ -138,6 +139,18 @@ CLAUSES = [
         "a full barrier before flags or avail_event",
         _REVIEW + "test_a_sleeper_is_always_woken",
     ),
+    Clause("PKD-1", "M", "alignment of ring and areas"),
+    Clause("PKD-2", "M", "a descriptor is let alone until it is seen to be used"),
+    Clause("PKD-3", "M", "next_off and next_wrap in a notification", f"NOTIFICATION_DATA is {_NEVER}"),
+    Clause("PKD-4", "M", "no list longer than the ring"),
+    Clause("PKD-5", "M", "writable descriptors after readable ones"),
+    Clause("PKD-6", "M", "room for a whole list before its first descriptor"),
+    Clause("PKD-7", "M", "a list's first descriptor is made available last"),
+    Clause("PKD-8", "M", "INDIRECT only if negotiated; in a table WRITE alone"),
+    Clause("PKD-9", "M", "no table longer than the ring"),
+    Clause("PKD-10", "M", "INDIRECT is no part of a list"),
+    Clause("PKD-11", "M", "a barrier before the flags", _REVIEW + "PKD-7's tests"),
+    Clause("PKD-12", "M", "event suppression: DISABLE, ENABLE, a descriptor and its wrap counter"),
     Clause("VHU-1", "M", "the header of every message"),
     Clause("VHU-2", "M", "descriptors with the messages that name them, and no others"),
     Clause("VHU-3", "M", "a wrong reply ends the connection"),
@@ -260,8 +273,8 @@ MUTANTS = [
         "INI-5",
         f"{INIT}::test_no_ring_is_kicked_before_driver_ok",
         FRONT,
-        "        return QueuePort(Doorbell(kick), call)\n",
-        "        os.eventfd_write(kick, 1)\n        return QueuePort(Doorbell(kick), call)\n",
+        "        return QueuePort(doorbell, call)\n",
+        "        os.eventfd_write(kick, 1)\n        return QueuePort(doorbell, call)\n",
     ),
     Mutant(
         "STA-1",
@@ -791,7 +804,7 @@ MUTANTS = [
         "SCS-6",
         f"{UNITS}::test_event_buffers_are_as_large_as_events_and_never_run_out",
         EVENT_QUEUE,
-        "self._ring.describe(head, address, self._step, split.WRITE, 0)",
+        "self._ring.describe(head, address, self._step, DESC_WRITE, 0)",
         "self._ring.describe(head, address, self._step, 0, 0)",
     ),
     Mutant(
@@ -1137,8 +1150,8 @@ MUTANTS = [
         "SPL-1",
         f"{LEGACY_PCI}::test_the_ring_is_where_a_legacy_device_looks_for_it",
         DEVICE,
-        "        return split.LEGACY_ALIGN if self.transport.legacy else split.ALIGN\n",
-        "        return split.ALIGN\n",
+        "            return LEGACY\n",
+        "            return SPLIT\n",
     ),
     Mutant(
         "BLK-5",
@@ -1146,6 +1159,84 @@ MUTANTS = [
         LEGACY,
         "        return self._read_config(nbytes, fields) != space\n",
         "        return False\n",
+    ),
+    # The packed ring
+    Mutant(
+        "PKD-1",
+        f"{PACKED_RING}::test_the_three_areas_are_aligned_and_apart",
+        PACKED,
+        "    return driver, driver + _LINE, driver + 2 * _LINE\n",
+        "    return driver + 2, driver + _LINE, driver + 2 * _LINE\n",
+    ),
+    Mutant(
+        "PKD-2",
+        f"{PACKED_RING}::test_a_reset_amid_requests_loses_none",
+        PACKED,
+        "        fill(self._mem, 0, 0, len(self._view))\n",
+        "        fill(self._mem, 0, 255, len(self._view))\n",
+    ),
+    Mutant(
+        "PKD-4",
+        f"{PACKED_RING}::test_every_list_is_well_formed",
+        PACKED,
+        "            if not flags & _NEXT:\n                break\n",
+        "            if not flags & _NEXT and count > 9:\n                break\n",
+    ),
+    Mutant(
+        "PKD-5",
+        f"{PACKED_RING}::test_every_list_is_well_formed",
+        REQUESTS,
+        "                store_u16(self._region, entry + 14, flags & _WRITE)\n",
+        "                store_u16(self._region, entry + 14, _WRITE - (flags & _WRITE))\n",
+    ),
+    Mutant(
+        "PKD-6",
+        f"{PACKED_RING}::test_every_list_is_well_formed",
+        REQUESTS,
+        "    slots = size if indirect else size // (2 + segments)\n",
+        "    slots = size if indirect else size // 2\n",
+    ),
+    Mutant(
+        "PKD-7",
+        f"{PACKED_RING}::test_nothing_is_shown_before_it_is_published_and_the_first_one_last",
+        PACKED,
+        "            if count:\n                store_u16(self._mem, place + _FLAGS, flags | bits)\n",
+        "            if count + 1:\n                store_u16(self._mem, place + _FLAGS, flags | bits)\n",
+    ),
+    Mutant(
+        "PKD-8",
+        f"{PACKED_RING}::test_every_list_is_well_formed",
+        REQUESTS,
+        "            if self.packed:  # no chain, whose order is that of the table (2.8.7)\n",
+        "            if self.packed and index == 1:\n",
+    ),
+    Mutant(
+        "PKD-9",
+        f"{PACKED_RING}::test_every_list_is_well_formed",
+        REQUESTS,
+        "            self._describe_ring(slot, table, 16 * total, _INDIRECT, 0)\n",
+        "            self._describe_ring(slot, table, 16 * total + 8, _INDIRECT, 0)\n",
+    ),
+    Mutant(
+        "PKD-10",
+        f"{PACKED_RING}::test_every_list_is_well_formed",
+        REQUESTS,
+        "            self._describe_ring(slot, table, 16 * total, _INDIRECT, 0)\n",
+        "            self._describe_ring(slot, table, 16 * total, _INDIRECT | _NEXT, 0)\n",
+    ),
+    Mutant(
+        "PKD-12",
+        f"{PACKED_RING}::test_whether_to_kick_agrees_with_counters_that_never_wrap",
+        PACKED,
+        "            event -= self.size\n",
+        "            event += self.size\n",
+    ),
+    Mutant(
+        "PKD-12",
+        f"{PACKED_RING}::test_what_it_asks_for_when_it_sleeps_and_when_it_does_not",
+        PACKED,
+        "self._used | (_WRAP if self._used_wrap else 0)",
+        "self._used | _WRAP",
     ),
 ]
 
