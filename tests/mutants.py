@@ -352,10 +352,17 @@ MUTANTS = [
     # Cleaning up
     Mutant(
         "CLN-1",
-        f"{CLEAN}::test_descriptors_of_a_request_that_timed_out_stay_as_they_are",
+        f"{CLEAN}::test_a_late_answer_lands_in_nobody_elses_memory",
         REQUESTS,
         "                self._orphan(slot)\n                self._kept[slot] = kept\n",
         "                self._release(slot)\n",
+    ),
+    Mutant(
+        "CLN-1",
+        f"{CLEAN}::test_descriptors_of_a_request_that_timed_out_stay_as_they_are",
+        REQUESTS,
+        "                self._orphan(slot)\n                return True\n",
+        "                self._release(slot)\n                return True\n",
     ),
     Mutant(
         "CLN-2",

@@ -36,6 +36,7 @@ PEERS = [
     ("busybox", "busybox-static", "the first program of a guest"),
     ("cpio", "cpio", "packs what a guest begins with"),
     ("depmod", "kmod", "what kernel modules need"),
+    ("valgrind", "valgrind", "counts the instructions of a request"),
     ("sg_decode_sense", "sg3-utils", "decodes SCSI sense data"),
 ]
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn, get_args
 from virtio.errors import RequestError
 from virtio.transport import sysfs
 from virtio_bdev.qos import RateLimits
-from virtio_bdev.registry import Controller, DevType, attach
+from virtio_bdev.registry import Controller, DevType, Rings, attach
 
 DEV_TYPES: tuple[str, ...] = get_args(DevType)
 
@@ -30,6 +30,12 @@ class ConfigError(RequestError):
 
 def _dev_type(text: str) -> str:
     if text not in DEV_TYPES:
+        raise ValueError
+    return text
+
+
+def _rings(text: str) -> str:
+    if text not in get_args(Rings):
         raise ValueError
     return text
 
@@ -129,6 +135,14 @@ class BdevSpec:
         "a number of seconds, 0 for not at all",
         "SECONDS",
         _seconds_or_none,
+    )
+
+    rings: Rings = _option(
+        "any",
+        "Layout of the virtqueues: packed where that is offered (any), or split.",
+        "any or split",
+        "LAYOUT",
+        _rings,
     )
 
     def arguments(self) -> dict[str, Any]:

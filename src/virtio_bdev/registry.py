@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Literal, TypeAlias, cast
+from typing import Literal, TypeAlias, cast, get_args
 
 from virtio.device.base import MAX_TRANSFER, Device, bring_up, weakly
 from virtio.device.blk import BlkDevice
@@ -22,6 +22,7 @@ from virtio.ring.lease import Lease, deadline_in
 from virtio.transport import pci_host, sysfs
 from virtio.transport.base import Transport
 from virtio.transport.vhost_user import VhostUser
+from virtio.wire.virtio import Feature
 from virtio.wire.virtio_scsi import CDB_SIZE, encode_lun
 from virtio_bdev.bdev import Bdev
 from virtio_bdev.events import Added, Event, Events, Lost, Removed, Resized
@@ -29,6 +30,7 @@ from virtio_bdev.events import Added, Event, Events, Lost, Removed, Resized
 log = logging.getLogger("virtio.bdev")
 
 DevType: TypeAlias = Literal["scsi", "blk"]
+Rings: TypeAlias = Literal["any", "split"]
 
 _DEVICES: dict[str, type[Device]] = {"blk": BlkDevice, "scsi": ScsiDevice}
 DEFAULT_NAMES = {"blk": "VirtioBlk", "scsi": "VirtioScsi"}
@@ -292,11 +294,16 @@ def kind_of(address: str, dev_type: DevType | None = None) -> DevType:
     return cast(DevType, function.kind)
 
 
-def _connect(address: str, timeout: float) -> Transport:
+def _connect(address: str, timeout: float, rings: Rings) -> Transport:
     kind, _, place = address.partition(":")
+    transport: Transport
     if kind == "user":
-        return VhostUser(place, timeout)
-    return pci_host.connect(sysfs.find(place), timeout)
+        transport = VhostUser(place, timeout)
+    else:
+        transport = pci_host.connect(sysfs.find(place), timeout)
+    if rings == "split":
+        transport.allowed &= ~int(Feature.RING_PACKED)
+    return transport
 
 
 def attach(
@@ -309,6 +316,7 @@ def attach(
     queue_size: int | None = None,
     timeout: float = 5.0,
     reconnect: float = 0.0,
+    rings: Rings = "any",
 ) -> Controller:
     """Attach a controller and find its disks.
 
@@ -318,6 +326,9 @@ def attach(
     unless given. `queues`: as many as the process has cores, up to what the device has, unless
     given; then exactly so many, or `at_least`, or NoQueueError. `queue_size`, a power of two, is
     256 unless given, 128 where that is refused. `timeout` in seconds bounds every wait.
+
+    Packed rings are used where they are offered, unless `rings` is "split": for a back end that does
+    not do them right.
 
     A back end that ends is lost, unless `reconnect` says for how many seconds to try to
     connect again: to the same disks. What was under way is sent again then, and its callers only wait
@@ -338,11 +349,13 @@ def attach(
         raise RequestError(f"reconnect {reconnect}, want a number of seconds, 0 for not at all")
     if reconnect and not address.startswith("user:"):
         raise RequestError(f"reconnect {reconnect:g}: only a socket can be connected to again, not {address}")
+    if rings not in get_args(Rings):
+        raise RequestError(f"rings {rings!r}, want one of {', '.join(get_args(Rings))}")
     kind = kind_of(address, dev_type)
     taken = _names.take(name, DEFAULT_NAMES[kind])
     try:
         device = bring_up(
-            lambda: _connect(address, timeout),
+            lambda: _connect(address, timeout, rings),
             _DEVICES[kind],
             queues=queues,
             at_least=at_least,

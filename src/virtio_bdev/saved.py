@@ -29,6 +29,7 @@ class Attach(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     vq_size: int = 0
     timeout: float = 5.0
     reconnect: float = 0.0
+    rings: Literal["any", "split"] = "any"
 
     def spec(self) -> BdevSpec:
         """The same for us; ConfigError for what we do not have, or cannot be."""
@@ -46,6 +47,7 @@ class Attach(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
             queue_size=self.vq_size or None,
             timeout=self.timeout,
             reconnect=self.reconnect,
+            rings=self.rings,
         )
 
 
@@ -73,7 +75,8 @@ def attach_of(name: str, spec: BdevSpec) -> Attach:
     """The parameters that attach this controller again."""
     kind, _, place = spec.address.partition(":")
     if kind == "pci":  # whose queues SPDK decides about
-        return Attach(name, spec.dev_type or "scsi", "pci", place, timeout=spec.timeout)
+        dev_type = spec.dev_type or "scsi"
+        return Attach(name, dev_type, "pci", place, timeout=spec.timeout, rings=spec.rings)
     return Attach(
         name=name,
         dev_type=spec.dev_type or "scsi",
@@ -83,6 +86,7 @@ def attach_of(name: str, spec: BdevSpec) -> Attach:
         vq_size=spec.queue_size or 0,
         timeout=spec.timeout,
         reconnect=spec.reconnect,
+        rings=spec.rings,
     )
 
 

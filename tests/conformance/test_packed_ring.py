@@ -46,6 +46,18 @@ def test_the_three_areas_are_aligned_and_apart(kind, size):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rings", ["any", "split"])
+def test_packed_rings_can_be_refused(kind, rings):
+    """FEA-1: by the user."""
+    with backend(kind, features=BOTH) as model, connect(model, rings=rings) as controller:
+        (accepted,) = model.values("SET_FEATURES")
+        assert bool(accepted & F.RING_PACKED) == (rings == "any")
+        (bdev,) = controller.values()
+        with bdev.open() as opened:
+            exercise(model, opened)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("features", RINGS)
 @pytest.mark.parametrize("size", [4, 8, 256])
 def test_every_list_is_well_formed(kind, features, size):
