@@ -19,7 +19,7 @@ Values = dict[str, list[float]]
 def measure(turns: int) -> Iterator[tuple[str, str, Values]]:
     """What, unit, and figures by how many there were."""
     yield "start of Python with the library", "ms", _starts(turns)
-    yield "one queue of several, batch on null device", "ns", _queues(turns)
+    yield "a request, one queue of several, embedded target", "ns", _queues(turns)
     yield "attaching so many disks", "ms a disk", _disks(turns, memory=False)
     yield "memory of an attached disk, 1 queue", "KiB", _disks(turns, memory=True)
     yield "attaching a controller of so many units", "ms", _units(turns)

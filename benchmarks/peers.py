@@ -43,7 +43,8 @@ def storage_daemon(backing: str, *, nbd: bool = False) -> Iterator[str]:
             export = ["--export", f"type=vhost-user-blk,id=e0,node-name=n0,addr.type=unix,addr.path={path}"]
             export[-1] += ",writable=on,num-queues=4,iothread=t0"
         argv = ["taskset", "-c", _TARGET_CORE, "qemu-storage-daemon", "--blockdev", disk, *_IOTHREAD, *export]
-        daemon = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        daemon = subprocess.Popen(argv, **quiet)
         try:
             deadline = time.monotonic() + _PATIENCE_S
             while not os.path.exists(path):

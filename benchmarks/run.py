@@ -178,6 +178,7 @@ def main() -> None:
     )
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each turn")
+    parser.add_argument("--records", type=Path, default=RECORDS, help="folder to keep the record in")
     parser.add_argument("--force", action="store_true", help="also on a machine that is busy")
     options = parser.parse_args()
     if unknown := set(options.suites) - set(SUITES):
@@ -196,10 +197,10 @@ def main() -> None:
             show(row)
     for what in dict.fromkeys(record.left_out):
         print(f"left out: {what}")
-    RECORDS.mkdir(parents=True, exist_ok=True)
-    path = RECORDS / f"{record.when.replace(':', '')}.json"
+    options.records.mkdir(parents=True, exist_ok=True)
+    path = options.records / f"{record.when.replace(':', '')}.json"
     path.write_text(json.dumps(msgspec.to_builtins(record), indent=1))
-    print(f"recorded in {path.relative_to(ROOT)}")
+    print(f"recorded in {path}")
 
 
 if __name__ == "__main__":

@@ -218,6 +218,7 @@ class Load:
         if self._ramp and self.now >= self.begun + self._ramp:
             self._ramp = 0
             self.begun = self.now
+            self.deadline = self.begun + self._runtime
             self.latency.clear()
             self.written.clear()
         return count == 0 or (self.now < self.deadline and not self._stopped)

@@ -1,0 +1,27 @@
+"""`make bench` does not rot: a part of it is run for a moment, and no time is asserted."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import INTERPRETED, ROOT
+from tests.needs import module
+
+module("numpy")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="it measures what is compiled")
+
+
+def test_the_driver_alone_is_measured_and_recorded(tmp_path):
+    argv = [sys.executable, "benchmarks/run.py", "--turns", "2", "--seconds", "0.02", "--force"]
+    argv += ["--records", str(tmp_path), "driver"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    (path,) = tmp_path.iterdir()
+    record = json.loads(path.read_text())
+    assert record["turns"] == 2 and record["commit"] and record["cores"] >= 1
+    whats = [row["what"] for row in record["rows"]]
+    assert "driver alone, batch" in whats and "driver alone, blocking" in whats
+    for row in record["rows"]:
+        assert len(row["figures"]) == 4 and row["what"] in done.stdout
+        assert all(len(values) == 2 and min(values) > 0 for values in row["figures"].values())
