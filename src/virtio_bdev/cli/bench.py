@@ -16,7 +16,8 @@ from virtio.ring.load import Histogram
 from virtio_bdev import Bdev, Controller, bench
 from virtio_bdev.bdev import human
 from virtio_bdev.channel import Wait
-from virtio_bdev.cli.options import SIZE, choose, controller_options
+from virtio_bdev.cli.options import SIZE, choose, controller_options, progress
+from virtio_bdev.verify import verify
 
 
 @click.command()
@@ -64,6 +65,12 @@ from virtio_bdev.cli.options import SIZE, choose, controller_options
     show_default=True,
     help="For an answer: spin, spin a moment and then sleep, or sleep.",
 )
+@click.option(
+    "--verify",
+    "verifies",
+    is_flag=True,
+    help="Write every block once and read it back, instead: whether what was written is there.",
+)
 @click.option("--yes", is_flag=True, help="Overwrite the disk without asking.")
 @click.option("--json", "as_json", is_flag=True, help="As fio prints it.")
 def command(
@@ -74,6 +81,7 @@ def command(
     bs: int,
     numjobs: int,
     wait: Wait,
+    verifies: bool,
     yes: bool,
     as_json: bool,
     **how: Any,
@@ -84,13 +92,16 @@ def command(
     measured until then.
     """
     bdev = choose(controller, disk_name)
-    if bench.is_write(rw):
+    if bench.is_write(rw) or verifies:
         bdev.check(0, bs, write=True)
         if not yes:
             _ask(bdev)
-    with _live(how["ramp"]) as progress:
+    if verifies:
+        _verify(bdev, wait, timeout, bs, how["offset"], how["size"])
+        return
+    with _live(how["ramp"]) as tell:
         results = bench.run_jobs(
-            bdev, numjobs, wait=wait, timeout=timeout, progress=progress, rw=rw, bs=bs, **how
+            bdev, numjobs, wait=wait, timeout=timeout, progress=tell, rw=rw, bs=bs, **how
         )
     if as_json:
         json.dump(_fio(results), sys.stdout, indent=2)
@@ -99,6 +110,18 @@ def command(
         _print(bdev, results)
     if results[0].interrupted:
         raise click.Abort
+
+
+def _verify(bdev: Bdev, wait: Wait, timeout: float, bs: int, offset: int, size: int | None) -> None:
+    total = 2 * (bdev.size - offset if size is None else size)
+    with bdev.open(wait=wait, timeout=timeout) as channel, progress("verifying", total) as advance:
+        found = verify(channel, bs=bs, offset=offset, size=size, progress=advance)
+    rates = (found.nbytes / 2**20 / max(1e-9, took) for took in (found.write_seconds, found.read_seconds))
+    write, read = rates
+    print(
+        f"{bdev.name}: {found.blocks:,} blocks of {human(bs)} written in {write:,.1f} MiB/s, read back in "
+        f"{read:,.1f} MiB/s and verified"
+    )
 
 
 def _print(bdev: Bdev, results: list[bench.Result]) -> None:

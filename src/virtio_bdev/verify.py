@@ -1,0 +1,120 @@
+"""Whether a disk keeps what it is given: blocks that each say where they belong, written and read back."""
+
+from __future__ import annotations
+
+import random
+import struct
+import time
+from array import array
+from typing import TYPE_CHECKING, NamedTuple
+
+from virtio.errors import RequestError, VirtioError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from virtio_bdev.channel import Channel
+
+_HEADER = struct.Struct("<8sQQ")  # magic, where it belongs, which pass it is of
+_MAGIC = b"vb-check"
+_CHUNK = 4 << 20  # bytes that are written, or read, by one call
+_MOST_TOLD = 3
+
+
+class VerifyError(VirtioError):
+    """The disk has something else than what was written to it; says what, and where."""
+
+
+class Verified(NamedTuple):
+    """What was written, read back and found as it should be: so many blocks, and the seconds it took."""
+
+    blocks: int
+    nbytes: int
+    write_seconds: float
+    read_seconds: float
+
+
+def verify(
+    channel: Channel,
+    *,
+    bs: int = 4096,
+    offset: int = 0,
+    size: int | None = None,
+    seed: int | None = None,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> Verified:
+    """Write every block of `bs` bytes from `offset` on, flush, and read all of it back.
+
+    Each block has its own place, a number of this pass, and bytes that go with both: a write that was lost,
+    went elsewhere, or is there only in part is told from another, by a VerifyError. As many requests are
+    in flight as the queue holds, in no order. It overwrites `size` bytes, to the disk's end unless given.
+    `progress` is told of bytes written, and of bytes read.
+    """
+    bdev = channel.bdev
+    bdev.check(offset, bs, write=True)
+    size = (bdev.size - offset if size is None else size) // bs * bs
+    if bs < _HEADER.size or not 0 < size <= bdev.size - offset:
+        raise RequestError(
+            f"blocks of {bs} bytes on {size} from {offset} on: want {_HEADER.size} or more, and at most "
+            f"{bdev.size - offset}"
+        )
+    seed = random.getrandbits(64) if seed is None else seed
+    blocks = _Blocks(bs, seed)
+    took = {"write": 0.0, "read": 0.0}
+    for what in took:
+        begun = time.monotonic()
+        for places in _chunks(offset, size, bs, random.Random(seed)):
+            if what == "write":
+                data = b"".join(map(blocks.at, places))
+                channel.write_batch(places, bs, data).raise_for_status()
+            else:
+                into = bytearray(len(places) * bs)
+                channel.read_batch(places, bs, into).raise_for_status()
+                blocks.check(places, memoryview(into), bdev.name)
+            progress(len(places) * bs)
+        if what == "write":
+            channel.flush()
+        took[what] = time.monotonic() - begun
+    return Verified(size // bs, size, took["write"], took["read"])
+
+
+def _chunks(offset: int, size: int, bs: int, chance: random.Random) -> Iterator[array[int]]:
+    """All places, those near each other in no order."""
+    step = max(1, _CHUNK // bs) * bs
+    for begin in range(offset, offset + size, step):
+        places = list(range(begin, min(begin + step, offset + size), bs))
+        chance.shuffle(places)
+        yield array("Q", places)
+
+
+class _Blocks:
+    """What each block is to be: a header, and a window of random bytes that its place decides."""
+
+    def __init__(self, bs: int, seed: int) -> None:
+        self._bs, self._seed = bs, seed
+        self._noise = random.Random(seed).randbytes(2 * bs)
+
+    def at(self, place: int) -> bytes:
+        shift = (place * 0x9E3779B97F4A7C15 >> 20 ^ self._seed) % self._bs
+        noise = self._noise[shift : shift + self._bs - _HEADER.size]
+        return _HEADER.pack(_MAGIC, place, self._seed) + noise
+
+    def check(self, places: array[int], found: memoryview, name: str) -> None:
+        wrong = []
+        for number, place in enumerate(places):
+            block = found[number * self._bs : (number + 1) * self._bs]
+            if block != self.at(place):
+                wrong.append(self._plight(place, bytes(block)))
+        if wrong:
+            more = f"; and {len(wrong) - _MOST_TOLD} more near there" if len(wrong) > _MOST_TOLD else ""
+            raise VerifyError(f"{name}: {'; '.join(wrong[:_MOST_TOLD])}{more}")
+
+    def _plight(self, place: int, block: bytes) -> str:
+        magic, claimed, seed = _HEADER.unpack_from(block)
+        if magic != _MAGIC or seed != self._seed:
+            return f"the block at {place} is as it was before, or not ours: the write was lost"
+        if claimed != place:
+            return f"the block at {place} is the one that was written to {claimed}"
+        wanted = self.at(place)
+        first = next(i for i in range(self._bs) if block[i] != wanted[i])
+        return f"the block at {place} is right up to byte {first}, and wrong there: torn, or altered"
