@@ -60,7 +60,7 @@ def without_iommu(files):
     """A guest without, whose devices are QEMU's and the embedded target's."""
     target_files = (f"file:{files}/target-blk", f"file:{files}/target-scsi")
     with (
-        virtio.target.serve("blk", target_files[0], queues=2) as ours_blk,
+        virtio.target.serve("blk", target_files[0], queues=2, packed=True) as ours_blk,
         virtio.target.serve("scsi", target_files[1], queues=2) as ours_scsi,
     ):
         devices = [
@@ -68,7 +68,10 @@ def without_iommu(files):
             *scsi("s2", [files / "s2"], "disable-legacy=on,addr=0x11"),
             *blk("l0", files / "l0", "disable-modern=on,disable-legacy=off,addr=0x12"),
             *("-chardev", f"socket,id=ours-blk,path={ours_blk.path}"),
-            *("-device", "vhost-user-blk-pci,chardev=ours-blk,num-queues=2,addr=0x14,disable-legacy=on"),
+            *(
+                "-device",
+                "vhost-user-blk-pci,chardev=ours-blk,num-queues=2,addr=0x14,packed=on",
+            ),
             *("-chardev", f"socket,id=ours-scsi,path={ours_scsi.path}"),
             *("-device", "vhost-user-scsi-pci,chardev=ours-scsi,num_queues=2,addr=0x15,disable-legacy=on"),
         ]
@@ -295,6 +298,8 @@ def test_without_an_iommu_it_works_through_uio_if_asked_for_by_name(without_iomm
 def test_the_guests_kernel_makes_a_file_system_on_our_target(without_iommu, files, tmp_path, slot, name):
     guest = without_iommu
     (disk,) = listed(guest)[address(slot)].disks
+    bits = guest.run("sh", "-c", f"cat /sys/bus/pci/devices/{address(slot)}/virtio*/features").stdout
+    assert bits[34] == ("1" if "blk" in name else "0")  # a packed ring, where that is offered
     guest.run(
         "sh",
         "-ec",

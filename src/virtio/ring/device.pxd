@@ -1,7 +1,7 @@
 """C types for device.py; all code is there."""
 
 cimport cython
-from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t
 
 from virtio.ring._mem cimport (
     Mem,
@@ -24,7 +24,9 @@ cdef uint16_t _NEXT, _WRITE, _INDIRECT, _NO_INTERRUPT, _NO_NOTIFY
 cdef size_t _IDX, _RING, _ELEM, _SPAN, _PIECE
 cdef uint64_t _MOST_BYTES
 cdef int _EMPTY, _BROKEN
-cdef int _JUMP, _INDEX, _LOOP, _NESTED, _TABLE, _ZERO, _ORDER, _UNMAPPED, _PIECES, _LONG
+cdef uint16_t _AVAIL, _USED, _ENABLE, _DISABLE, _AT, _WRAP
+cdef size_t _LENGTH, _ID, _FLAGS, _WANTS
+cdef int _JUMP, _INDEX, _LOOP, _NESTED, _TABLE, _ZERO, _ORDER, _UNMAPPED, _PIECES, _LONG, _TORN, _BUFFER
 
 
 @cython.final
@@ -43,7 +45,7 @@ cdef class GuestMemory:
 cdef class DeviceRing:
     cdef readonly uint32_t size, head
     cdef readonly uint64_t readable, writable
-    cdef readonly bint event_idx, indirect
+    cdef readonly bint event_idx, indirect, packed
     cdef public int call_fd
     cdef GuestMemory _memory
     cdef object _areas, _pieces
@@ -53,10 +55,23 @@ cdef class DeviceRing:
     cdef int _why
     cdef bint _attached
     cdef uint16_t _avail_idx, _used_idx, _told
+    cdef object _list_owner, _lengths_owner
+    cdef dict _held
+    cdef Mem _list, _lengths
+    cdef uint32_t _at, _used_at, _lap, _used_lap, _taken, _fresh
+
+    @cython.locals(flags=uint16_t)
+    cdef bint _is_available(self, uint32_t at, uint32_t lap) noexcept nogil
+    @cython.locals(at=uint32_t, lap=uint32_t, place=size_t, head=uint32_t)
+    cdef int _pop_packed(self) noexcept nogil
+    @cython.locals(place=size_t, flags=uint16_t, length=uint32_t)
+    cdef void _push_packed(self, uint32_t head, uint32_t written) noexcept nogil
+    @cython.locals(count=int32_t, wish=uint32_t, wants=uint16_t, event=int32_t, passed=int32_t)
+    cdef bint _is_called(self) noexcept nogil
 
     @cython.locals(pending=uint16_t, head=uint16_t)
     cpdef int pop(self) noexcept nogil
-    cpdef int again(self, uint32_t head) noexcept nogil
+    cpdef int again(self, uint32_t head) except -3
     @cython.locals(
         table=Mem, base=uint64_t, at=uint64_t, index=uint32_t, count=uint32_t, left=uint32_t,
         nested=bint, address=uint64_t, length=uint32_t, flags=uint16_t, following=uint16_t,

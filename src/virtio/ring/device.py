@@ -1,4 +1,4 @@
-"""Split virtqueue, device side (2.7): trusts nothing that a driver writes.
+"""Virtqueues, split and packed, device side (2.7, 2.8): trusts nothing that a driver writes.
 
 A driver may change its memory at any moment, so `pop` copies every field of a descriptor once,
 checks the copies, and keeps the chain as pieces of mapped memory in private memory. What a piece
@@ -46,7 +46,11 @@ _PIECE = 16  # a row of the chain: region, length, offset in the region
 _MOST_BYTES = 0xFFFFFFFF  # in one chain (2.7.5.2), so that the used length can tell them
 _EMPTY, _BROKEN = -1, -2
 
-_JUMP, _INDEX, _LOOP, _NESTED, _TABLE, _ZERO, _ORDER, _UNMAPPED, _PIECES, _LONG = range(10)
+_AVAIL, _USED = 1 << 7, 1 << 15  # flags of a packed descriptor, beside those above (2.8.5)
+_LENGTH, _ID, _FLAGS = 8, 12, 14  # offsets in it (2.8.13)
+_WANTS, _ENABLE, _DISABLE, _AT, _WRAP = 2, 0, 1, 2, 1 << 15  # of event suppression (2.8.14)
+
+_JUMP, _INDEX, _LOOP, _NESTED, _TABLE, _ZERO, _ORDER, _UNMAPPED, _PIECES, _LONG, _TORN, _BUFFER = range(12)
 _FAULTS = (
     "available index moved by {}, more than the {} that the queue holds",
     "descriptor index {} is outside its table",
@@ -58,6 +62,8 @@ _FAULTS = (
     "nothing is mapped at {:#x}",
     "a chain of more than {} pieces",
     "a chain of {} bytes",
+    "a list whose descriptor at {} is not available",
+    "buffer id {} is not below the {} that the queue holds",
 )
 
 
@@ -96,12 +102,21 @@ class GuestMemory:
 
 
 class DeviceRing:
-    """The device's half of one split virtqueue: `pop` a chain, use its buffers, `push` its head."""
+    """The device's half of one virtqueue: `pop` a chain, use its buffers, `push` its head.
 
-    def __init__(self, size: int, base: int, *, event_idx: bool, indirect: bool) -> None:
-        """`base` is the available index to begin at; `attach` gives the ring its memory."""
-        if not 0 < size <= 32768 or size & (size - 1):
+    The head of a `packed` one is its buffer ID.
+    """
+
+    def __init__(
+        self, size: int, base: int, *, event_idx: bool, indirect: bool, packed: bool = False
+    ) -> None:
+        """`base` is the available index to begin at, of a packed ring as vhost-user has it: both indices with
+        their wrap counters. `attach` gives the ring its memory. ValueError for what cannot be."""
+        if not 0 < size <= 32768 or (size & (size - 1) and not packed):
             raise ValueError(f"queue size {size} is not a power of two from 1 to 32768")
+        if packed and max(base & 0x7FFF, base >> 16 & 0x7FFF) >= size:
+            raise ValueError(f"base {base:#x} of a packed ring of {size}")
+        self.packed = packed
         self.size = size
         self.event_idx = event_idx
         self.indirect = indirect
@@ -109,7 +124,16 @@ class DeviceRing:
         self.head = 0
         self.call_fd = -1
         self._mask = size - 1
-        self._avail_idx = base
+        self._avail_idx = base & 0xFFFF
+        self._at, self._used_at = base & 0x7FFF, base >> 16 & 0x7FFF  # positions in a packed ring
+        self._lap, self._used_lap = base >> 15 & 1, base >> 31 & 1  # and the wrap counters
+        self._fresh = 0  # descriptors that were used since the driver was told
+        self._list_owner = bytearray(_DESC * size if packed else 0)
+        self._list = window(self._list_owner)
+        self._taken = 0  # descriptors in it
+        self._lengths_owner = bytearray(2 * size if packed else 0)  # by buffer: how many it had
+        self._lengths = window(self._lengths_owner)
+        self._held: dict[int, bytes] = {}  # by buffer: its list
         self._most = max(size, LONGEST)
         self._pieces = bytearray(_PIECE * self._most)
         self._chain = window(self._pieces)
@@ -121,14 +145,16 @@ class DeviceRing:
     @property
     def index(self) -> int:
         """The next available index: what the ring's base would be if it started again here."""
+        if self.packed:
+            return int(self._at | self._lap << 15 | self._used_at << 16 | self._used_lap << 31)
         return int(self._avail_idx)
 
     def attach(self, memory: GuestMemory, desc: memoryview, avail: memoryview, used: memoryview) -> None:
         """Take the three areas (2.7) and the map for buffers; again when the map has changed."""
         for name, area, least in (
             ("descriptor table", desc, _DESC * self.size),
-            ("available ring", avail, _RING + 2 * self.size + 2),
-            ("used ring", used, _RING + _ELEM * self.size + 2),
+            ("available ring", avail, 4 if self.packed else _RING + 2 * self.size + 2),
+            ("used ring", used, 4 if self.packed else _RING + _ELEM * self.size + 2),
         ):
             if len(area) < least:
                 raise ValueError(f"{name} of {len(area)} bytes, want {least}")
@@ -137,6 +163,9 @@ class DeviceRing:
         self._desc, self._avail, self._used = window(desc), window(avail), window(used)
         if not self._attached:
             self._attached = True
+            if self.packed:
+                store_u16(self._used, _WANTS, _ENABLE)
+                return
             self._used_idx = self._told = load_u16(self._used, _IDX)
             store_u16(self._used, 0, 0)  # flags: with EVENT_IDX they stay so (2.7.10)
 
@@ -145,6 +174,8 @@ class DeviceRing:
 
         `head` says it too, and `readable` and `writable` are the bytes of the chain's two parts.
         """
+        if self.packed:
+            return self._pop_packed()
         pending = (load_acquire_u16(self._avail, _IDX) - self._avail_idx) & 0xFFFF
         if pending == 0:
             return _EMPTY
@@ -157,12 +188,57 @@ class DeviceRing:
         self.head = head
         return head
 
-    def again(self, head: int) -> int:
-        """Take up a chain that was popped and not pushed yet, in place of the last: as `pop` does.
+    def _is_available(self, at: int, lap: int) -> bool:
+        flags = load_acquire_u16(self._desc, _DESC * at + _FLAGS) & (_AVAIL | _USED)
+        return flags == (_AVAIL if lap else _USED)
 
-        It is read anew, so it is the same only if the driver let it alone, as it has to, and is
-        where the map of today has it.
+    def _pop_packed(self) -> int:
+        if not self._is_available(self._at, self._lap):
+            return _EMPTY
+        at = self._at
+        lap = self._lap
+        self._taken = 0
+        while True:
+            if self._taken == self.size:
+                return self._refuse(_LOOP, self.size)
+            if not self._is_available(at, lap):
+                return self._refuse(_TORN, at)
+            place = _DESC * self._taken
+            store_u64(self._list, place, load_u64(self._desc, _DESC * at))
+            store_u64(self._list, place + 8, load_u64(self._desc, _DESC * at + 8))
+            self._taken += 1
+            at += 1
+            if at == self.size:
+                at = 0
+                lap ^= 1
+            if not load_u16(self._list, place + _FLAGS) & _NEXT:
+                break
+        head = load_u16(self._list, place + _ID)
+        if head >= self.size:
+            return self._refuse(_BUFFER, head)
+        if self._walk(head) < 0:
+            return _BROKEN
+        store_u16(self._lengths, 2 * head, self._taken)
+        self._at = at
+        self._lap = lap
+        self.head = head
+        return head
+
+    def hold(self) -> None:
+        """Keep the chain that was popped last, for `again`: what is used may be written over a packed one."""
+        if self.packed:
+            self._held[self.head] = bytes(self._list_owner[: _DESC * self._taken])
+
+    def again(self, head: int) -> int:
+        """Take up a chain that was popped, told to `hold` and not pushed yet, in place of the last: as `pop`.
+
+        A split one is read anew, so it is the same only if the driver let it alone, as it has to. Its
+        memory is where the map of today has it.
         """
+        if self.packed:
+            kept = self._held.pop(head)
+            self._list_owner[: len(kept)] = kept
+            self._taken = len(kept) // _DESC
         if self._walk(head) < 0:
             return _BROKEN
         self.head = head
@@ -175,6 +251,10 @@ class DeviceRing:
         index = head
         count = left = self.size
         nested = False
+        if self.packed:
+            table = self._list
+            index = 0
+            count = left = self._taken
         self._count = self._split = 0
         self.readable = self.writable = 0
         while True:
@@ -188,8 +268,13 @@ class DeviceRing:
             length = load_u32(table, at + 8)
             flags = load_u16(table, at + 12)
             following = load_u16(table, at + 14)
+            if self.packed:  # in order, to the end of the list or table (2.8.6, 2.8.7)
+                flags = load_u16(table, at + _FLAGS) & (_WRITE | (0 if nested else _INDIRECT))
+                following = index + 1
+                if following < count:
+                    flags |= _NEXT
             if flags & _INDIRECT:
-                if nested or not self.indirect or flags & _NEXT:
+                if nested or not self.indirect or flags & _NEXT or (self.packed and index):
                     return self._refuse(_NESTED, flags)
                 if length == 0 or length % _DESC or length > _DESC * self._most:
                     return self._refuse(_TABLE, length)
@@ -286,14 +371,52 @@ class DeviceRing:
 
         A driver that polls sees it at once; one that sleeps is told by `notify`.
         """
+        if self.packed:
+            self._push_packed(head, written)
+            return
         element = _RING + _ELEM * (self._used_idx & self._mask)
         store_u32(self._used, element, head)
         store_u32(self._used, element + 4, written)
         self._used_idx = (self._used_idx + 1) & 0xFFFF
         store_release_u16(self._used, _IDX, self._used_idx)
 
+    def _push_packed(self, head: int, written: int) -> None:
+        place = _DESC * self._used_at
+        store_u32(self._desc, place + _LENGTH, written)
+        store_u16(self._desc, place + _ID, head)
+        flags = _AVAIL | _USED if self._used_lap else 0
+        store_release_u16(self._desc, place + _FLAGS, flags | (_WRITE if written else 0))
+        length = load_u16(self._lengths, 2 * head)
+        self._fresh += length
+        self._used_at += length
+        if self._used_at >= self.size:
+            self._used_at -= self.size
+            self._used_lap ^= 1
+
+    def _is_called(self) -> bool:
+        """Whether the driver of a packed ring wants to be told of what is fresh (2.8.14)."""
+        count = self._fresh
+        self._fresh = 0
+        if count == 0:
+            return False
+        full_fence()  # the descriptors go out before the driver's wish comes in
+        wish = load_u32(self._avail, 0)
+        wants = wish >> 16 & 3
+        if wants != _AT or not self.event_idx:
+            return wants != _DISABLE
+        event = wish & _WRAP - 1
+        if (wish >> 15 & 1) != self._used_lap:
+            event -= self.size
+        passed = self._used_at
+        passed -= event + 1
+        return 0 <= passed < count
+
     def notify(self) -> int:
         """Call the driver if it wants that for what was pushed since (2.7.7.2); 0, or an errno."""
+        if self.packed:
+            if self._is_called() and self.call_fd >= 0:
+                return signal_eventfd(self.call_fd)
+            return 0
         if self._told == self._used_idx:
             return 0
         old = self._told
@@ -311,6 +434,14 @@ class DeviceRing:
 
     def arm(self) -> bool:
         """Ask for a kick at the next available buffer; true if there is none yet: sleep then."""
+        if self.packed:
+            if self.event_idx:
+                store_u16(self._used, 0, self._at | self._lap << 15)
+                store_release_u16(self._used, _WANTS, _AT)
+            else:
+                store_u16(self._used, _WANTS, _ENABLE)
+            full_fence()
+            return not self._is_available(self._at, self._lap)
         if self.event_idx:
             store_u16(self._used, _RING + _ELEM * self.size, self._avail_idx)
         else:
@@ -320,7 +451,9 @@ class DeviceRing:
 
     def disarm(self) -> None:
         """Ask for no kicks: a hint, which the driver may ignore (2.7.10)."""
-        if self.event_idx:
+        if self.packed:
+            store_u16(self._used, _WANTS, _DISABLE)
+        elif self.event_idx:
             # An index that was just passed is met again only after 65,535 more buffers.
             store_u16(self._used, _RING + _ELEM * self.size, (self._avail_idx - 1) & 0xFFFF)
         else:

@@ -37,6 +37,7 @@ class Held(Generic[Task]):
         if ring.head in held:
             raise ProtocolError(f"chain {ring.head} is available again, but was not given back")
         held[ring.head] = (task, due)
+        ring.hold()
         raise Kept
 
     def drop(self, ring: DeviceRing) -> None:

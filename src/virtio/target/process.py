@@ -56,15 +56,16 @@ def serve(
     ram: str = "64M",
     queues: int = 4,
     path: str | None = None,
+    packed: bool = False,
     without: Iterable[str] = (),
     control: bool = False,
     timeout: float = 10.0,
 ) -> Iterator[Served]:
     """Run a target while the block lasts; it also ends with this process.
 
-    `disks` are as for `run`, or one of `ram` bytes if there are none; `path` is that of the socket,
-    which is otherwise in a directory of its own. With `control`, there is another beside it, for
-    `Served.control`. Its complaints go to our standard error. Raises
+    `disks` are as for `run`, or one of `ram` bytes if there are none; `packed` and `without` too. `path` is
+    that of the socket, which is otherwise in a directory of its own. With `control`, there is another
+    beside it, for `Served.control`. Its complaints go to our standard error. Raises
     TransportError if the target cannot start, RequestTimeout if it takes longer than `timeout`.
     """
     with contextlib.ExitStack() as stack:
@@ -75,6 +76,7 @@ def serve(
         command = [sys.executable, "-P", "-m", "virtio.target", path, "--lifeline"]
         command += [f"--dev-type={dev_type}", f"--queues={queues}"]
         command += [f"--disk={disk}" for disk in disks or (f"ram:{ram}",)]
+        command += ["--packed"] if packed else []
         command += [f"--without={name}" for name in without]
         control_path = f"{path}.control" if control else None
         command += [f"--control={control_path}"] if control_path else []

@@ -31,6 +31,7 @@ def run(
     disks: Sequence[str],
     queues: int = 4,
     *,
+    packed: bool = False,
     without: Iterable[str] = (),
     lifeline: int | None = None,
     control: str | None = None,
@@ -38,14 +39,15 @@ def run(
     """Serve the disks on the socket `path` until SIGINT or SIGTERM; call from the main thread.
 
     Prints "ready: PATH" when front ends can connect. `disks` are as `parse_disk` has them, for
-    scsi perhaps behind "TARGET:LUN="; `queues` counts request queues. `without` names features
-    not to offer. When `lifeline`, a descriptor, is at its end, that ends the target too. `control`
-    is the path of another socket, for JSON-RPC: see `virtio.target.control`.
+    scsi perhaps behind "TARGET:LUN="; `queues` counts request queues. `packed` offers packed rings;
+    `without` names features not to offer. When `lifeline`, a descriptor, is at its end, that ends the
+    target too. `control` is the path of another socket, for JSON-RPC: see `virtio.target.control`.
     """
     device = make_device(dev_type, disks, queues, largest=None if control is None else LARGEST)
     features, extensions = offers(dev_type, without)
     device.features &= features
-    features, extensions = features & FEATURES, extensions & EXTENSIONS
+    ours = FEATURES | Feature.RING_PACKED if packed else FEATURES
+    features, extensions = features & ours, extensions & EXTENSIONS
     before = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
     try:
         with Host(path, device, features, extensions, lifeline=lifeline, control=control) as host:
@@ -121,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="repeat for more SCSI targets; T:L= names target and LUN",
     )
     parser.add_argument("--queues", type=int, default=4, help="request queues")
+    parser.add_argument("--packed", action="store_true", help="offer packed rings")
     parser.add_argument("--without", action="append", default=[], metavar="FEATURE", help="do not offer it")
     parser.add_argument("--control", metavar="SOCKET", help="take changes by JSON-RPC on this socket")
     parser.add_argument("--lifeline", action="store_true", help="end when standard input does")
@@ -131,6 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             chosen.dev_type,
             chosen.disk,
             chosen.queues,
+            packed=chosen.packed,
             without=chosen.without,
             lifeline=sys.stdin.fileno() if chosen.lifeline else None,
             control=chosen.control,

@@ -264,15 +264,23 @@ class Session:
         if vring.ring is None:
             self._start(vring)
 
+    @property
+    def _packed(self) -> bool:
+        return bool(self._acked & Feature.RING_PACKED)
+
     def _start(self, vring: _Vring) -> None:
         if not vring.size or vring.addresses is None:
             raise ProtocolError(f"ring {vring.index} kicked before its size and addresses came")
-        vring.ring = DeviceRing(
-            vring.size,
-            vring.base,
-            event_idx=bool(self._acked & Feature.EVENT_IDX),
-            indirect=bool(self._acked & Feature.INDIRECT_DESC),
-        )
+        try:
+            vring.ring = DeviceRing(
+                vring.size,
+                vring.base,
+                event_idx=bool(self._acked & Feature.EVENT_IDX),
+                indirect=bool(self._acked & Feature.INDIRECT_DESC),
+                packed=self._packed,
+            )
+        except ValueError as error:
+            raise ProtocolError(f"ring {vring.index}: {error}") from error
         vring.ring.call_fd = vring.call
         self._attach(vring)
         self._choose()
@@ -318,11 +326,12 @@ class Session:
         if vring.ring is None or vring.addresses is None:
             return
         index, size, at = vring.index, vring.size, vring.addresses
+        avail, used, align = (4, 4, 4) if self._packed else (6 + 2 * size, 6 + 8 * size, 2)
         vring.ring.attach(
             self._memory.guest,
             self._memory.area(f"descriptor table {index}", at.descriptor, 16 * size, 16),
-            self._memory.area(f"available ring {index}", at.available, 6 + 2 * size, 2),
-            self._memory.area(f"used ring {index}", at.used, 6 + 8 * size, 4),
+            self._memory.area(f"available ring {index}", at.available, avail, align),
+            self._memory.area(f"used ring {index}", at.used, used, 4),
         )
 
     # Changes of the device
@@ -445,13 +454,13 @@ class Session:
 
     def _set_vring_num(self, payload: bytes, fds: list[int]) -> None:
         state = VringState.decode(payload)
-        if state.num == 0 or state.num & (state.num - 1):
+        if state.num == 0 or (state.num & (state.num - 1) and not self._packed):
             raise ProtocolError(f"size {state.num} of ring {state.index}, want a power of two")
         self._stopped(state, 32768).size = state.num
 
     def _set_vring_base(self, payload: bytes, fds: list[int]) -> None:
         state = VringState.decode(payload)
-        self._stopped(state, 0xFFFF).base = state.num
+        self._stopped(state, 0xFFFFFFFF if self._packed else 0xFFFF).base = state.num
 
     def _set_vring_addr(self, payload: bytes, fds: list[int]) -> None:
         addresses = VringAddress.decode(payload)

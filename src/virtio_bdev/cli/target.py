@@ -27,14 +27,17 @@ from virtio_bdev.config import DEV_TYPES
     "targets 0, 1, ...",
 )
 @click.option("--queues", type=click.IntRange(1), default=4, show_default=True, help="Request queues.")
+@click.option("--packed", is_flag=True, help="Offer packed rings; a driver may still choose split ones.")
 @click.option(
     "--control",
     metavar="SOCKET",
     help="Take changes by JSON-RPC on this socket while it runs: disks that come, go and grow, faults.",
 )
-def command(socket: str, dev_type: str, disks: tuple[str, ...], queues: int, control: str | None) -> None:
+def command(
+    socket: str, dev_type: str, disks: tuple[str, ...], queues: int, packed: bool, control: str | None
+) -> None:
     """Serve disks on the vhost-user socket SOCKET, to one front end after another.
 
     Prints "ready: SOCKET" once front ends can connect; SIGINT or SIGTERM ends it.
     """
-    target.run(socket, dev_type, list(disks), queues, control=control)
+    target.run(socket, dev_type, list(disks), queues, packed=packed, control=control)
