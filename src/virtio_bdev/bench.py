@@ -144,12 +144,13 @@ def run_jobs(
     interrupted = False
     with ExitStack() as stack:
         stack.callback(_end, loads, threads)
-        for thread in threads:
-            thread.start()
         try:
+            for thread in threads:
+                thread.start()
             _follow(loads, threads, progress)
         except KeyboardInterrupt:
             interrupted = True
+            ready.abort()  # for those who wait for one that never came to start
             _end(loads, threads)
     first = next((error for error in errors if not isinstance(error, threading.BrokenBarrierError)), None)
     if first is not None:
