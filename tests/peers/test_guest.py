@@ -288,6 +288,11 @@ def test_without_an_iommu_it_works_through_uio_if_asked_for_by_name(without_iomm
     for name, disk in zip(("b1", "s2", "l0"), disks.values(), strict=True):
         assert disk["sha256"] == digest(files / name)
         assert disk["interrupts"]["event"] > disk["interrupts"]["poll"]
+    holder = Holder(guest, three[0])
+    guest.run("kill", "-9", holder.said.split()[1])
+    again = fill(guest, f"Dev Pci {three[0]}", 7)
+    assert again["VirtioBlk0"]["sha256"] == digest(files / "b1")
+    disks["VirtioBlk0"] = again["VirtioBlk0"]
     unbind(guest, *three)
     now = listed(guest)
     seen = {digest_in_guest(guest, name) for each in three for name in now[each].disks}

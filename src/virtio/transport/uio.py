@@ -23,7 +23,8 @@ from virtio.transport.sysfs import PciFunction
 from virtio.transport.windows import Line
 from virtio.wire.pci import BARS
 
-_COMMAND, _ENABLED, _NO_INTX = 4, 7, 0x400  # I/O, memory and bus mastering; no interrupt
+_COMMAND = 4  # of configuration space: I/O and memory accesses, bus mastering, no interrupt
+_ACCESSES, _MASTER, _NO_INTX = 3, 4, 0x400
 _INTERRUPT_PIN = 0x3D
 _IO, _MEMORY = 0x100, 0x200  # flags of a resource (include/linux/ioport.h)
 _FORMATS: dict[int, Literal["B", "H", "I"]] = {1: "B", 2: "H", 4: "I"}
@@ -61,7 +62,7 @@ class UioWindows:
             self._uio = self._descriptor(f"/dev/{nodes[0]}", os.O_RDWR | os.O_NONBLOCK)
             self._config = self._descriptor(str(self._path / "config"), os.O_RDWR)
             self._sizes = self._resources()
-            self._command(_ENABLED | _NO_INTX)
+            self._command(clear=_MASTER, put=_ACCESSES | _NO_INTX)
         except BaseException:
             self.close()
             raise
@@ -158,9 +159,8 @@ class UioWindows:
         except OSError as error:
             raise self._failed(f"write {width} bytes at {offset:#x}", error) from error
 
-    def _command(self, value: int) -> None:
-        before = self.read_config(_COMMAND, 2) & ~(_ENABLED | _NO_INTX)
-        self.write_config(_COMMAND, 2, before | value)
+    def _command(self, *, clear: int = 0, put: int = 0) -> None:
+        self.write_config(_COMMAND, 2, self.read_config(_COMMAND, 2) & ~clear | put)
 
     def doorbell(self, bar: int, offset: int, value: int) -> Doorbell:
         """A store to mapped memory, or a `pwrite` to I/O ports."""
@@ -181,7 +181,7 @@ class UioWindows:
                 nbytes //= 2
 
     def map(self, region: Region) -> Mapping:
-        """Where the pages of a region are in physical memory."""
+        """Where the pages of a region are in physical memory; from now on the function may use memory."""
         table = array("Q")
         try:
             with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
@@ -193,6 +193,7 @@ class UioWindows:
         except (OSError, struct.error) as error:
             failure = error if isinstance(error, OSError) else OSError(errno.EIO, str(error))
             raise self._failed("find out physical addresses", failure) from error
+        self._command(put=_MASTER)  # not before: whoever had it last may have been killed amid requests
         return Mapping(_SHIFT, table)
 
     # Interrupts.
@@ -212,7 +213,7 @@ class UioWindows:
         with contextlib.suppress(OSError):  # nothing there, or nobody: others will notice
             os.read(self._uio, 4)
         with contextlib.suppress(TransportError):
-            self._command(_ENABLED)
+            self._command(clear=_NO_INTX)
 
     def close(self) -> None:
         """Stop its DMA, and let go of everything; idempotent."""
@@ -223,4 +224,4 @@ class UioWindows:
             self._memory.clear()
             if hasattr(self, "_config"):
                 with contextlib.suppress(TransportError):
-                    self._command(_NO_INTX)
+                    self._command(clear=_MASTER | _ACCESSES, put=_NO_INTX)

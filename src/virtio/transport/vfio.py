@@ -54,7 +54,7 @@ _IOMMU = struct.Struct("=IIQI4x")  # argsz, flags, page sizes, cap_offset
 _CAPABILITY = struct.Struct("=HHI")  # id, version, next
 _DMA = struct.Struct("=IIQQQ")  # argsz, flags, vaddr, iova, size
 
-_COMMAND, _BUS_MASTER, _ENABLED = 4, 4, 7  # of configuration space: I/O, memory and bus mastering
+_COMMAND, _ACCESSES, _MASTER = 4, 3, 4  # of configuration space: I/O and memory accesses, bus mastering
 _FIRST_IOVA = HUGE_PAGE  # not 0, which looks like a mistake
 LEAST_POOL = 3 * HUGE_PAGE  # fits with room in the 8 MiB that a user may usually lock
 _IOVA_INFO_BYTES = 4096
@@ -83,12 +83,11 @@ class VfioWindows:
         self._open = contextlib.ExitStack()  # what is to be closed
         self._doorbells: dict[int, memoryview] = {}  # by BAR
         self._next_iova = _FIRST_IOVA
-        self._maps: list[tuple[int, int]] = []
         self._vectors: list[int] = []
         self._closed = False
         try:
             self._enter(function)
-            self._command(_ENABLED)
+            self._command(clear=_MASTER, put=_ACCESSES)
             self.removal = self._watch_removal()
         except BaseException:
             self.close()
@@ -235,8 +234,8 @@ class VfioWindows:
         if done != width:
             raise TransportError(errno.EIO, f"{self.name}: {where} took {done} bytes of {width}")
 
-    def _command(self, value: int) -> None:
-        self.write_config(_COMMAND, 2, self.read_config(_COMMAND, 2) & ~_ENABLED | value)
+    def _command(self, *, clear: int = 0, put: int = 0) -> None:
+        self.write_config(_COMMAND, 2, self.read_config(_COMMAND, 2) & ~clear | put)
 
     def doorbell(self, bar: int, offset: int, value: int) -> Doorbell:
         """A store to mapped memory where that can be had, else a `pwrite`."""
@@ -276,6 +275,7 @@ class VfioWindows:
                 )
             raise self._failed(f"map {region.size} bytes for DMA", error, hint) from error
         self._next_iova = iova + region.size
+        self._command(put=_MASTER)  # not before it was reset, whoever had it last
         return Mapping.contiguous(iova)
 
     def _room(self, nbytes: int) -> int:
@@ -367,7 +367,7 @@ class VfioWindows:
             self._doorbells.clear()
             if hasattr(self, "_config"):
                 with contextlib.suppress(TransportError):
-                    self._command(0)
+                    self._command(clear=_MASTER | _ACCESSES)
 
 
 def may_lock() -> bool:

@@ -23,7 +23,7 @@ class Line(NamedTuple):
 
 
 class Windows(Protocol):
-    """A PCI function in our hands: bus master, its memory and I/O accesses enabled.
+    """A PCI function in our hands: its memory and I/O accesses enabled, and from `map` on bus mastering.
 
     Any thread may call `read`, `write` and those of the configuration space. Widths are in bytes: 1, 2
     or 4, offsets multiples of them, values in the processor's order. Of a function that is gone, all
@@ -52,7 +52,7 @@ class Windows(Protocol):
         """Memory that `map` can show the device; the caller closes it, after the windows."""
 
     def map(self, region: Region) -> Mapping:
-        """Let the device reach a region until `close`: where it finds it."""
+        """Let the device reach a region until `close`: where it finds it. It was reset before."""
 
     def interrupts(self, count: int) -> Sequence[int]:
         """Enable MSI-X: non-blocking eventfds, the windows' own, of vectors 0, 1, ..
