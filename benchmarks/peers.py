@@ -57,12 +57,12 @@ def storage_daemon(backing: str, *, nbd: bool = False) -> Iterator[str]:
             daemon.wait()
 
 
-def _client(*argv: str, env: dict[str, str] | None = None) -> str:
+def _client(*argv: str, seconds: float, env: dict[str, str] | None = None) -> str:
     done = subprocess.run(
         ["taskset", "-c", _CLIENT_CORE, *argv],
         capture_output=True,
         text=True,
-        timeout=_PATIENCE_S,
+        timeout=_PATIENCE_S + seconds,
         env={**os.environ, **(env or {})},
         stdin=subprocess.DEVNULL,
     )
@@ -77,6 +77,7 @@ def ours(socket: str, rw: str, bs: int, depth: int, poll: bool, seconds: float) 
         *(sys.executable, "-m", "virtio_bdev", "bench", f"user:{socket}", "--dev-type", "blk"),
         *("--queues", "1", "--rw", rw, "--bs", str(bs), "--iodepth", str(depth), "--yes", "--json"),
         *("--runtime", str(seconds), "--wait", "poll" if poll else "event"),
+        seconds=seconds,
     )
     job = json.loads(said)["jobs"][0]
     return float(job["read"]["iops"] + job["write"]["iops"])
@@ -139,8 +140,9 @@ def blkio_bench(
 ) -> float:
     """Requests a second."""
     said = _client(
-        *(str(program), f"--runtime={max(1, round(seconds))}", f"--readwrite={rw}", f"--blocksize={bs}"),
+        *(str(program), f"--runtime={seconds:.0f}", f"--readwrite={rw}", f"--blocksize={bs}"),
         *(f"--iodepth={depth}", *(["--poll"] if poll else []), "virtio-blk-vhost-user", f"path={socket}"),
+        seconds=seconds,
         env={"LD_LIBRARY_PATH": str(program.parent)},
     )
     match = re.search(r'"kiops":\s*([0-9.]+)', said)
@@ -170,4 +172,4 @@ def python_way(way: str, depth: int, seconds: float) -> float:
     """Requests a second of one of the ways in ways.py."""
     with storage_daemon("null-co", nbd=way == "libnbd") as socket:
         python = (_system_python() if way == "libnbd" else None) or sys.executable
-        return float(_client(python, str(_WAYS), way, socket, str(depth), str(seconds)))
+        return float(_client(python, str(_WAYS), way, socket, str(depth), str(seconds), seconds=seconds))

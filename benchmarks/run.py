@@ -183,6 +183,8 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.suites) - set(SUITES):
         parser.error(f"{', '.join(unknown)}: want any of {', '.join(SUITES)}")
+    if options.seconds % 1 and {"vhost"} & set(options.suites or SUITES):
+        parser.error(f"--seconds {options.seconds}: libblkio's benchmark wants whole seconds")
     record = machine(options.turns, options.seconds)
     if record.load > _BUSY and not options.force:
         sys.exit(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from virtio.errors import RequestError
@@ -114,8 +116,8 @@ def run_jobs(
 ) -> list[Result]:
     """`run` that so many times at once, each job on a channel, and so a queue, of its own thread.
 
-    `progress` is told each second how long it has gone on, and how many requests have ended since it was
-    told last. Ctrl-C ends the jobs, and what they have measured is returned. Raises what `run` raises,
+    `progress` is told each second how long it has gone on, and how many requests a second have ended since
+    it was told last. Ctrl-C ends the jobs, and what they have measured is returned. Raises what `run` raises,
     of the first job that fails, and NoQueueError.
     """
     options: dict[str, Any] = {
@@ -161,14 +163,17 @@ def run_jobs(
 def _follow(
     loads: list[Load], threads: list[threading.Thread], progress: Callable[[float, int], None]
 ) -> None:
-    told, seconds = 0, 0.0
+    told = 0
+    begun = before = time.monotonic()
     while any(thread.is_alive() for thread in threads):
+        end = before + _TELL_S
         for thread in threads:
-            thread.join(_TELL_S / len(threads))
+            thread.join(max(0.0, end - time.monotonic()))
+        now = time.monotonic()
         done = sum(load.latency.count + load.written.count for load in loads)
-        seconds += _TELL_S
-        progress(seconds, max(0, done - told))
-        told = done
+        if now >= end:  # else it was the last moment
+            progress(now - begun, int(max(0, done - told) / (now - before)))
+        told, before = done, now
 
 
 def _end(loads: list[Load], threads: list[threading.Thread]) -> None:
@@ -193,7 +198,7 @@ def _load(
 ) -> Load:
     if rw not in _PATTERNS:
         raise RequestError(f"rw={rw!r}, want one of {', '.join(_PATTERNS)}")
-    if not runtime > 0 or not ramp >= 0 or (requests is not None and requests < 1):
+    if not 0 < runtime < inf or not 0 <= ramp < inf or (requests is not None and requests < 1):
         raise RequestError(f"{ramp} and {runtime} seconds and {requests} requests: want more than 0")
     if not 0 <= rwmixread <= 100:
         raise RequestError(f"rwmixread={rwmixread}, want a percentage")

@@ -15,10 +15,14 @@ if TYPE_CHECKING:
 
     from virtio_bdev.channel import Channel
 
+_WORD = struct.Struct("<Q")  # at the end of each sector
+_SECTOR = 512
 _HEADER = struct.Struct("<8sQQ")  # magic, where it belongs, which pass it is of
 _MAGIC = b"vb-check"
 _CHUNK = 4 << 20  # bytes that are written, or read, by one call
 _MOST_TOLD = 3
+_LAST = (1 << 64) - 1
+_MIX = 0x9E3779B97F4A7C15  # which spreads places over 64 bits
 
 
 class VerifyError(VirtioError):
@@ -58,7 +62,7 @@ def verify(
             f"blocks of {bs} bytes on {size} from {offset} on: want {_HEADER.size} or more, and at most "
             f"{bdev.size - offset}"
         )
-    seed = random.getrandbits(64) if seed is None else seed
+    seed = random.getrandbits(64) if seed is None else seed & _LAST
     blocks = _Blocks(bs, seed)
     took = {"write": 0.0, "read": 0.0}
     for what in took:
@@ -95,9 +99,15 @@ class _Blocks:
         self._noise = random.Random(seed).randbytes(2 * bs)
 
     def at(self, place: int) -> bytes:
-        shift = (place * 0x9E3779B97F4A7C15 >> 20 ^ self._seed) % self._bs
+        mixed = (place * _MIX & _LAST) ^ self._seed
+        shift = (mixed >> 20) % self._bs
         noise = self._noise[shift : shift + self._bs - _HEADER.size]
-        return _HEADER.pack(_MAGIC, place, self._seed) + noise
+        block = bytearray(_HEADER.pack(_MAGIC, place, self._seed) + noise)
+        for sector in range(
+            _SECTOR - 8, self._bs, _SECTOR
+        ):  # so that no two are alike, wherever they are cut
+            _WORD.pack_into(block, sector, mixed)
+        return bytes(block)
 
     def check(self, places: array[int], found: memoryview, name: str) -> None:
         wrong = []

@@ -22,7 +22,7 @@ class PackedRing(Ring):
         self.next = self.used_at = 0
         self.wrap = self.used_wrap = 1
         self._busy = 0  # descriptors of the ring that are outstanding
-        self._written: set[int] = set()  # positions that were the driver's, and have what was used since
+        self._written: set[int] = set()  # positions given back since a list was there, whatever it is
 
     def place(self, descriptor: int, available: int, used: int) -> None:
         for name, address, align in (
@@ -227,7 +227,8 @@ class PackedRing(Ring):
                 entries = options.complete(self, chain, length)
             for buffer, claimed in entries:
                 self._use(region, at + 16 * self.used_at, buffer, claimed)
-                self._written.add(self.used_at)
+                freed = range(self.used_at, self.used_at + len(chain.table))
+                self._written.update(position % self.size for position in freed)
                 self._move_used(len(chain.table))
             self._busy -= len(chain.table)
             self.done += 1

@@ -97,6 +97,8 @@ def command(
         if not yes:
             _ask(bdev)
     if verifies:
+        if as_json:
+            raise click.UsageError("--verify measures nothing that --json could print")
         _verify(bdev, wait, timeout, bs, how["offset"], how["size"])
         return
     with _live(how["ramp"]) as tell:
