@@ -408,7 +408,7 @@ class Device(ABC):
     def locate(self, view: memoryview) -> int:
         """Where in the region a view's bytes lie, or -1 if they lie elsewhere."""
         assert self._region is not None
-        if view.readonly:
+        if view.readonly or not view.nbytes:
             return -1
         place = address_of(view) - self._region.address
         return place if 0 <= place <= self._region.size - view.nbytes else -1
