@@ -25,6 +25,7 @@ MODULES = [
     "virtio.ring.load",
     "virtio.ring.packed",
     "virtio.ring.requests",
+    "virtio.ring.skew",
     "virtio.ring.split",
     "virtio.ring.stats",
     "virtio.ring.submit",
@@ -78,6 +79,7 @@ extensions = [
         ["src/" + name.replace(".", "/") + ".py"],
         extra_compile_args=compile_args,
         extra_link_args=link_args,
+        libraries=["m"],
     )
     for name in MODULES
 ]

@@ -32,7 +32,7 @@ def load(depth: int) -> Callable[[Channel, int], None]:
     """The loop of `virtio-bdev bench`, which makes offsets and takes times too."""
 
     def run(channel: Channel, requests: int) -> None:
-        bench.run(channel, rw="randread", iodepth=depth, requests=requests)
+        bench.run(channel, bench.Job(rw="randread", iodepth=depth, requests=requests))
 
     return run
 

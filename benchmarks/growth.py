@@ -46,7 +46,7 @@ def _queues(turns: int) -> Values:
                 with virtio_bdev.attach(target.address, dev_type="blk", queues=queues) as controller:
                     (bdev,) = controller.values()
                     with bdev.open(wait="poll") as channel:
-                        result = bench.run(channel, iodepth=32, requests=20_000)
+                        result = bench.run(channel, bench.Job(iodepth=32, requests=20_000))
                         values.setdefault(str(queues), []).append(1e9 / result.iops)
     return values
 

@@ -1,5 +1,6 @@
 """Which code is under test (installed and compiled, or src interpreted), and what was left out."""
 
+import gc
 import importlib.util
 import os
 import signal
@@ -53,6 +54,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(ROOT / "tests/peers"):
             item.add_marker("peer")
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays: no test that collects garbage has to look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

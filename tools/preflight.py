@@ -28,6 +28,7 @@ PEERS = [
         "qemu-system-x86",
         "a guest that boots from our target, and PCI devices without a guest",
     ),
+    ("fio", "fio", "what our benchmark's results are named after"),
     ("mkfs.ext4", "e2fsprogs", "makes a disk image with something in it"),
     ("e2fsck", "e2fsprogs", "checks a file system"),
     ("debugfs", "e2fsprogs", "reads files out of an ext4 image"),

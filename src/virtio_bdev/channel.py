@@ -433,7 +433,7 @@ class Channel(Submitter):
 
             def watch() -> int | None:
                 nonlocal seen, deadline
-                if task.finished != seen:
+                if task.finished != seen or not task.active:
                     seen, deadline = task.finished, deadline_in(self.timeout)
                 return deadline
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 import struct
 import time
+import zlib
 from array import array
-from typing import TYPE_CHECKING, NamedTuple
+from operator import itemgetter
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from virtio.errors import RequestError, VirtioError
 
@@ -15,9 +17,12 @@ if TYPE_CHECKING:
 
     from virtio_bdev.channel import Channel
 
+How: TypeAlias = Literal["pattern", "crc"]
+
 _WORD = struct.Struct("<Q")  # at the end of each sector
 _SECTOR = 512
-_HEADER = struct.Struct("<8sQQ")  # magic, where it belongs, which pass it is of
+_HEADER = struct.Struct("<8sQQI")  # magic, where it belongs, which pass it is of, its checksum
+_CRC, _CRC_AT = struct.Struct("<I"), 24
 _MAGIC = b"vb-check"
 _CHUNK = 4 << 20  # bytes that are written, or read, by one call
 _MOST_TOLD = 3
@@ -45,17 +50,23 @@ def verify(
     offset: int = 0,
     size: int | None = None,
     seed: int | None = None,
+    how: How = "pattern",
+    write: bool = True,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> Verified:
     """Write every block of `bs` bytes from `offset` on, flush, and read all of it back.
 
-    Each block has its own place, a number of this pass, and bytes that go with both: a write that was lost,
-    went elsewhere, or is there only in part is told from another, by a VerifyError. As many requests are
-    in flight as the queue holds, in no order. It overwrites `size` bytes, to the disk's end unless given.
+    Each block has its own place, the number of this pass, which is `seed`, and bytes: of a "pattern" that
+    follows from both, or, for "crc", any bytes and their checksum. A write that was lost, went elsewhere,
+    or is there only in part is told from another, by a VerifyError. Without `write` it only reads back what
+    another pass with the same options has written, whose `seed` has to be given. As many requests are in
+    flight as the queue holds, in no order. It overwrites `size` bytes, to the disk's end unless given.
     `progress` is told of bytes written, and of bytes read.
     """
     bdev = channel.bdev
-    bdev.check(offset, bs, write=True)
+    bdev.check(offset, bs, write=write)
+    if seed is None and not write:
+        raise RequestError("what another pass has written is known by its seed: give that")
     size = (bdev.size - offset if size is None else size) // bs * bs
     if bs < _HEADER.size or not 0 < size <= bdev.size - offset:
         raise RequestError(
@@ -63,9 +74,9 @@ def verify(
             f"{bdev.size - offset}"
         )
     seed = random.getrandbits(64) if seed is None else seed & _LAST
-    blocks = _Blocks(bs, seed)
+    blocks = {"pattern": _Pattern, "crc": _Crc}[how](bs, seed)
     took = {"write": 0.0, "read": 0.0}
-    for what in took:
+    for what in took if write else ["read"]:
         begun = time.monotonic()
         for places in _chunks(offset, size, bs, random.Random(seed)):
             if what == "write":
@@ -92,39 +103,76 @@ def _chunks(offset: int, size: int, bs: int, chance: random.Random) -> Iterator[
 
 
 class _Blocks:
-    """What each block is to be: a header, and a window of random bytes that its place decides."""
+    """What each block is to be: a header, and bytes that nothing else on the disk is likely to have."""
 
     def __init__(self, bs: int, seed: int) -> None:
         self._bs, self._seed = bs, seed
         self._noise = random.Random(seed).randbytes(2 * bs)
 
     def at(self, place: int) -> bytes:
-        mixed = (place * _MIX & _LAST) ^ self._seed
-        shift = (mixed >> 20) % self._bs
-        noise = self._noise[shift : shift + self._bs - _HEADER.size]
-        block = bytearray(_HEADER.pack(_MAGIC, place, self._seed) + noise)
-        for sector in range(
-            _SECTOR - 8, self._bs, _SECTOR
-        ):  # so that no two are alike, wherever they are cut
-            _WORD.pack_into(block, sector, mixed)
-        return bytes(block)
+        """The block that is to be written there."""
+        raise NotImplementedError
+
+    def plight(self, place: int, block: bytes) -> str:
+        """What is wrong with a block that was read there; nothing if it is right."""
+        raise NotImplementedError
 
     def check(self, places: array[int], found: memoryview, name: str) -> None:
         wrong = []
-        for number, place in enumerate(places):
-            block = found[number * self._bs : (number + 1) * self._bs]
-            if block != self.at(place):
-                wrong.append(self._plight(place, bytes(block)))
+        for number, place in sorted(enumerate(places), key=itemgetter(1)):
+            said = self.plight(place, bytes(found[number * self._bs : (number + 1) * self._bs]))
+            if said:
+                wrong.append(said)
         if wrong:
             more = f"; and {len(wrong) - _MOST_TOLD} more near there" if len(wrong) > _MOST_TOLD else ""
             raise VerifyError(f"{name}: {'; '.join(wrong[:_MOST_TOLD])}{more}")
 
-    def _plight(self, place: int, block: bytes) -> str:
-        magic, claimed, seed = _HEADER.unpack_from(block)
+    def _made(self, place: int, mixed: int) -> bytearray:
+        """A header, noise from where `mixed` says on, and `mixed` itself in each sector."""
+        shift = (mixed >> 20) % self._bs
+        noise = self._noise[shift : shift + self._bs - _HEADER.size]
+        block = bytearray(_HEADER.pack(_MAGIC, place, self._seed, 0) + noise)
+        for sector in range(
+            _SECTOR - 8, self._bs, _SECTOR
+        ):  # so that no two are alike, wherever they are cut
+            _WORD.pack_into(block, sector, mixed)
+        return block
+
+    def _misplaced(self, place: int, block: bytes) -> str:
+        magic, claimed, seed, _ = _HEADER.unpack_from(block)
         if magic != _MAGIC or seed != self._seed:
             return f"the block at {place} is as it was before, or not ours: the write was lost"
         if claimed != place:
             return f"the block at {place} is the one that was written to {claimed}"
+        return ""
+
+
+class _Pattern(_Blocks):
+    """All bytes follow from the place and the pass."""
+
+    def at(self, place: int) -> bytes:
+        return bytes(self._made(place, (place * _MIX & _LAST) ^ self._seed))
+
+    def plight(self, place: int, block: bytes) -> str:
         wanted = self.at(place)
+        if block == wanted:
+            return ""
         first = next(i for i in range(self._bs) if block[i] != wanted[i])
-        return f"the block at {place} is right up to byte {first}, and wrong there: torn, or altered"
+        torn = f"the block at {place} is right up to byte {first}, and wrong there: torn, or altered"
+        return self._misplaced(place, block) or torn
+
+
+class _Crc(_Blocks):
+    """Bytes that nobody can foresee, and their checksum."""
+
+    def at(self, place: int) -> bytes:
+        block = self._made(place, random.getrandbits(64))
+        _CRC.pack_into(block, _CRC_AT, zlib.crc32(block))
+        return bytes(block)
+
+    def plight(self, place: int, block: bytes) -> str:
+        sound = bytearray(block)
+        (crc,) = _CRC.unpack_from(block, _CRC_AT)
+        _CRC.pack_into(sound, _CRC_AT, 0)
+        torn = f"the block at {place} has the checksum of another one: torn, or altered"
+        return self._misplaced(place, block) or ("" if zlib.crc32(sound) == crc else torn)

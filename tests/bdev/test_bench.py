@@ -1,5 +1,6 @@
 """`virtio_bdev.bench`, against the embedded target."""
 
+import dataclasses
 import os
 import signal
 import threading
@@ -24,7 +25,7 @@ from virtio_bdev import bench
 @pytest.mark.parametrize("rw", ["read", "write", "randread", "randwrite"])
 def test_so_many_requests_are_measured(bdev, rw, wait):
     with bdev.open(wait=wait) as channel:
-        result = bench.run(channel, rw=rw, bs=4096, iodepth=8, requests=500)
+        result = bench.run(channel, bench.Job(rw=rw, bs=4096, iodepth=8, requests=500))
     assert result.requests == result.latency.count == 500
     assert result.iops == pytest.approx(500 / result.seconds)
     assert result.bytes_per_second == pytest.approx(4096 * result.iops)
@@ -34,13 +35,13 @@ def test_so_many_requests_are_measured(bdev, rw, wait):
 
 
 def test_a_run_ends_at_its_time(channel):
-    result = bench.run(channel, iodepth=4, runtime=0.1)
+    result = bench.run(channel, bench.Job(iodepth=4, runtime=0.1))
     assert 0.1 <= result.seconds < 5
     assert result.requests > 0
 
 
 def test_a_sequence_of_writes_fills_the_whole_disk_with_random_bytes(channel, controller, bdev):
-    bench.run(channel, rw="write", bs=1 << 20, iodepth=4, requests=bdev.size >> 20)
+    bench.run(channel, bench.Job(rw="write", bs=1 << 20, iodepth=4, requests=bdev.size >> 20))
     bytes_seen = controller.image.read_bytes()
     assert len(bytes_seen) == bdev.size
     for at in range(0, bdev.size, 1 << 20):
@@ -49,7 +50,7 @@ def test_a_sequence_of_writes_fills_the_whole_disk_with_random_bytes(channel, co
 
 @pytest.mark.parametrize("rw", ["write", "randwrite", "randrw"])
 def test_only_the_part_that_was_asked_for_is_touched(channel, controller, rw):
-    bench.run(channel, rw=rw, bs=4096, offset=1 << 20, size=64 << 10, requests=1000)
+    bench.run(channel, bench.Job(rw=rw, bs=4096, offset=1 << 20, size=64 << 10, requests=1000))
     image = controller.image.read_bytes()
     assert not any(image[: 1 << 20]) and not any(image[(1 << 20) + (64 << 10) :])
     blocks = [image[(1 << 20) + at : (1 << 20) + at + 4096] for at in range(0, 64 << 10, 4096)]
@@ -60,7 +61,7 @@ def test_only_the_part_that_was_asked_for_is_touched(channel, controller, rw):
 @pytest.mark.parametrize("percent", [0, 30, 100])
 def test_reads_and_writes_are_mixed_and_counted_apart(channel, rw, percent):
     before = channel.bdev.geometry.size
-    result = bench.run(channel, rw=rw, rwmixread=percent, requests=4000)
+    result = bench.run(channel, bench.Job(rw=rw, rwmixread=percent, requests=4000))
     assert result.requests == 4000 and before == channel.bdev.geometry.size
     assert result.reads.count == pytest.approx(40 * percent, abs=200 if 0 < percent < 100 else 0)
     assert result.latency.count == 4000 and result.latency.maximum == max(
@@ -69,16 +70,51 @@ def test_reads_and_writes_are_mixed_and_counted_apart(channel, rw, percent):
 
 
 def test_what_ends_in_the_ramp_is_not_counted(channel):
-    long = bench.run(channel, runtime=0.1, ramp=0.8, iodepth=1)
+    long = bench.run(channel, bench.Job(runtime=0.1, ramp=0.8, iodepth=1))
     assert 0.1 <= long.seconds < 0.8
     with pytest.raises(RequestError, match="want more than 0"):
-        bench.run(channel, ramp=-1)
+        bench.run(channel, bench.Job(ramp=-1))
+
+
+@pytest.mark.parametrize(
+    "wait, rate, depth", [("poll", 2000, 8), ("adaptive", 2000, 8), ("event", 2000, 8), ("event", 200, 1)]
+)
+def test_no_more_requests_begin_a_second_than_asked_for(bdev, wait, rate, depth):
+    with bdev.open(wait=wait) as channel:
+        result = bench.run(channel, bench.Job(runtime=0.3, iodepth=depth, rate_iops=rate))
+    assert 0.3 <= result.seconds < 0.3 + 2 / rate + 0.3
+    assert result.requests <= rate * 0.3 + 1
+    assert result.requests >= rate * 0.3 * 0.8  # on a machine that does something else, too
+
+
+def test_a_slow_rate_ends_in_time_and_is_no_time_out(bdev):
+    with bdev.open(timeout=0.3) as channel:
+        result = bench.run(channel, bench.Job(runtime=0.9, iodepth=1, rate_iops=1))
+    assert result.requests == 1 and 0.9 <= result.seconds < 1.0
+
+
+def test_the_drivers_own_time_is_a_part_of_the_whole(channel):
+    result = bench.run(channel, bench.Job(iodepth=8, runtime=0.2, busy=True))
+    assert 0 < result.busy < result.seconds
+    assert bench.run(channel, bench.Job(requests=10)).busy is None
+
+
+def test_blocks_that_are_met_more_often(channel):
+    """Zipf's law, seen in a disk's bytes: after so many writes some blocks are still as they were."""
+    job = bench.Job(rw="randwrite", bs=512, size=512 * 4096, requests=16384, seed=1)
+    untouched = {}
+    for law in ("random", "zipf:1.2"):
+        channel.write_zeroes(0, job.size)
+        bench.run(channel, dataclasses.replace(job, random_distribution=law))
+        data = channel.read(0, job.size)
+        untouched[law] = sum(not any(data[at : at + 512]) for at in range(0, job.size, 512))
+    assert untouched["random"] < 4096 * 0.03 < 4096 * 0.3 < untouched["zipf:1.2"]
 
 
 def test_several_jobs_have_a_queue_each(bdev):
     told = []
     results = bench.run_jobs(
-        bdev, 3, runtime=1.2, iodepth=4, progress=lambda seconds, requests: told.append((seconds, requests))
+        bdev, bench.Job(runtime=1.2, iodepth=4), 3, progress=lambda *what: told.append(what)
     )
     assert len(results) == 3 and all(result.requests > 0 for result in results)
     assert not any(result.interrupted for result in results)
@@ -86,14 +122,14 @@ def test_several_jobs_have_a_queue_each(bdev):
     assert 1.0 <= seconds < 1.2
     assert 0 < rate <= 2 * sum(result.iops for result in results)
     with pytest.raises(NoQueueError):
-        bench.run_jobs(bdev, 5, runtime=0.1)
-    assert bench.run_jobs(bdev, 4, requests=10)[3].requests == 10
+        bench.run_jobs(bdev, bench.Job(runtime=0.1), 5)
+    assert bench.run_jobs(bdev, bench.Job(requests=10), 4)[3].requests == 10
 
 
 def test_ctrl_c_ends_all_jobs_and_keeps_what_was_measured(bdev):
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     begun = time.monotonic()
-    results = bench.run_jobs(bdev, 2, runtime=60)
+    results = bench.run_jobs(bdev, bench.Job(runtime=60), 2)
     assert time.monotonic() - begun < 10
     assert all(result.interrupted and result.requests > 0 for result in results)
 
@@ -110,17 +146,17 @@ def test_ctrl_c_ends_all_jobs_and_keeps_what_was_measured(bdev):
 )
 def test_a_part_that_is_none_is_told(bdev, how, words):
     with pytest.raises(RequestError, match=words):
-        bench.run_jobs(bdev, 1, **how)
+        bench.run_jobs(bdev, bench.Job(**how))
 
 
 def test_reading_writes_nothing(channel, controller):
-    bench.run(channel, rw="randread", requests=100)
+    bench.run(channel, bench.Job(rw="randread", requests=100))
     assert not any(controller.image.read_bytes())
 
 
 def test_nothing_stays_in_flight_or_lent(channel, controller):
     free = controller.device.pool.free_bytes
-    bench.run(channel, requests=100)
+    bench.run(channel, bench.Job(requests=100))
     assert controller.device.pool.free_bytes == free
     assert channel.read(0, 512) == bytes(512)
 
@@ -140,25 +176,34 @@ def test_nothing_stays_in_flight_or_lent(channel, controller):
         (dict(runtime=float("inf")), "want more than 0"),
         (dict(ramp=float("inf")), "want more than 0"),
         (dict(requests=0), "want more than 0"),
+        (dict(rate_iops=0), "rate_iops=0, want more than 0"),
+        (dict(rate_iops=float("nan")), "rate_iops=nan, want more than 0"),
+        (dict(iodepth=4, iodepth_batch=5), "iodepth_batch=5, want 1 to 4, the iodepth"),
+        (dict(iodepth_batch=0), "iodepth_batch=0, want 1 to 32"),
+        (dict(random_distribution="normal:1"), "'normal:1', want random, zipf:THETA or pareto:SHARE"),
+        (dict(random_distribution="zipf:much"), "'zipf:much', want random, zipf:THETA"),
+        (dict(random_distribution="zipf:0"), "zipf:0, want more than 0 and less than 10"),
+        (dict(random_distribution="pareto:1"), "pareto:1, want more than 0 and less than 1"),
+        (dict(random_distribution="pareto:nan"), "'pareto:nan', want random, zipf:THETA"),
     ],
 )
 def test_what_cannot_be_is_refused(channel, how, words):
     with pytest.raises(RequestError, match=words):
-        bench.run(channel, **how)
+        bench.run(channel, bench.Job(**how))
 
 
 def test_more_memory_than_there_is_is_refused(bdev):
     with bdev.open() as channel, bdev.controller.buffer(40 << 20):
         with pytest.raises(RequestError, match="32 requests of 1048576 bytes want 33554432 bytes of memory"):
-            bench.run(channel, bs=1 << 20, iodepth=32)
+            bench.run(channel, bench.Job(bs=1 << 20, iodepth=32))
 
 
 def test_a_read_only_disk_is_not_written():
     with serve("blk", "ram:1M,ro") as target, virtio_bdev.attach(target.address, dev_type="blk") as disks:
         with disks["VirtioBlk0"].open() as channel:
             with pytest.raises(ReadOnlyError, match="VirtioBlk0 is read-only"):
-                bench.run(channel, rw="randwrite")
-            assert bench.run(channel, requests=10).requests == 10
+                bench.run(channel, bench.Job(rw="randwrite"))
+            assert bench.run(channel, bench.Job(requests=10)).requests == 10
 
 
 @pytest.mark.parametrize("kind", ["blk", "scsi"])
@@ -169,7 +214,7 @@ def test_the_first_error_of_the_disk_ends_it_and_is_told_with_its_place(kind):
         next(iter(disks.values())).open() as channel,
     ):
         with pytest.raises(DeviceError) as caught:
-            bench.run(channel, rw="read", iodepth=8)
+            bench.run(channel, bench.Job(rw="read", iodepth=8))
         assert caught.value.offset == 512 << 10
         assert channel.read(0, 512) == bytes(512)
 
@@ -181,7 +226,7 @@ def test_a_disk_that_hangs_is_a_time_out_after_which_the_channel_goes_on():
         disks["VirtioBlk0"].open(timeout=0.1) as channel,
     ):
         with pytest.raises(RequestTimeout, match="has not answered 2 requests in time"):
-            bench.run(channel, iodepth=2)
+            bench.run(channel, bench.Job(iodepth=2))
         channel.timeout = 10
         assert channel.read(0, 512) == bytes(512)
 
@@ -192,7 +237,7 @@ def test_the_time_out_is_for_an_answer_and_not_for_the_run():
         virtio_bdev.attach(target.address, dev_type="blk") as disks,
         disks["VirtioBlk0"].open(timeout=0.5) as channel,
     ):
-        assert bench.run(channel, iodepth=1, runtime=0.8).seconds >= 0.8
+        assert bench.run(channel, bench.Job(iodepth=1, runtime=0.8)).seconds >= 0.8
 
 
 def test_a_disk_that_goes_away_ends_it():
@@ -204,7 +249,7 @@ def test_a_disk_that_goes_away_ends_it():
         end = threading.Timer(0.2, os.kill, (target.pid, signal.SIGKILL))
         end.start()
         with pytest.raises(TransportError):
-            bench.run(channel, runtime=60)
+            bench.run(channel, bench.Job(runtime=60))
         end.join()
 
 
@@ -223,7 +268,7 @@ def test_ctrl_c_ends_it_soon_and_the_channel_goes_on(bdev, wait):
         thread = threading.Thread(target=interrupt)
         thread.start()
         with pytest.raises(KeyboardInterrupt):
-            bench.run(channel, runtime=60)
+            bench.run(channel, bench.Job(runtime=60))
         assert time.monotonic() - moments[0] < 1  # 0.1 on a machine that does nothing else
         thread.join()
         assert channel.read(0, 512) == bytes(512)

@@ -8,10 +8,11 @@ from virtio.target import serve
 from virtio_bdev.verify import VerifyError, verify
 
 
+@pytest.mark.parametrize("how", ["pattern", "crc"])
 @pytest.mark.parametrize("bs", [512, 4096, 65536, 1 << 20])
-def test_a_disk_that_keeps_its_bytes_is_verified(channel, bs):
+def test_a_disk_that_keeps_its_bytes_is_verified(channel, how, bs):
     told = []
-    found = verify(channel, bs=bs, offset=1 << 20, size=8 << 20, progress=told.append)
+    found = verify(channel, how=how, bs=bs, offset=1 << 20, size=8 << 20, progress=told.append)
     assert (found.blocks, found.nbytes) == ((8 << 20) // bs, 8 << 20)
     assert sum(told) == 16 << 20
     assert channel.read(0, 1 << 20) == bytes(1 << 20)
@@ -66,6 +67,32 @@ def flip(channel):
 def test_each_harm_is_told_by_its_name_and_place(channel, harm, words):
     with pytest.raises(VerifyError, match=words):
         verify(Mean(channel, harm), size=64 << 10)
+
+
+@pytest.mark.parametrize(
+    "harm, words",
+    [
+        (lose, "the block at 8192 is as it was before, or not ours: the write was lost"),
+        (misplace, "the block at 8192 is the one that was written to 4096"),
+        (tear, "the block at 8192 has the checksum of another one: torn, or altered"),
+        (flip, "the block at 8192 has the checksum of another one: torn, or altered"),
+    ],
+)
+def test_a_checksum_tells_each_harm_too(channel, harm, words):
+    with pytest.raises(VerifyError, match=words):
+        verify(Mean(channel, harm), how="crc", size=64 << 10)
+
+
+@pytest.mark.parametrize("how", ["pattern", "crc"])
+def test_what_was_written_once_is_looked_for_later(channel, how):
+    verify(channel, how=how, size=64 << 10, seed=3)
+    before = channel.read(0, 64 << 10)
+    assert verify(channel, how=how, size=64 << 10, seed=3, write=False).blocks == 16
+    assert channel.read(0, 64 << 10) == before
+    with pytest.raises(VerifyError, match="at 0 is as it was before"):
+        verify(channel, how=how, size=64 << 10, seed=4, write=False)
+    with pytest.raises(RequestError, match="is known by its seed"):
+        verify(channel, how=how, size=64 << 10, write=False)
 
 
 def test_a_lost_write_is_seen_over_an_older_pass(channel):

@@ -7,10 +7,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import msgspec
 import pytest
+from click import ClickException
 
+from tests import needs
+from virtio.ring.load import Histogram
 from virtio.target import serve
+from virtio_bdev.bench import Job, Result
+from virtio_bdev.cli.report import Earlier, fio
 
 FIO = Path(__file__).parent.parent / "data/fio/keys.txt"
 MAIN = "from virtio_bdev.cli import main; main()"
@@ -19,14 +26,14 @@ INTERRUPTED = """
 import os, signal, threading, time
 from virtio_bdev import bench, cli
 
-def interrupted(bdev, numjobs, run=bench.run_jobs, **how):
+def interrupted(bdev, job, numjobs, run=bench.run_jobs, **how):
     def interrupt():
         while not any(lease.queue.in_flight for lease in bdev.controller.device.leases):
             time.sleep(0)
         print(time.monotonic(), flush=True)
         os.kill(os.getpid(), signal.SIGINT)
     threading.Thread(target=interrupt).start()
-    return run(bdev, numjobs, **how)
+    return run(bdev, job, numjobs, **how)
 
 bench.run_jobs = interrupted
 cli.main()
@@ -75,7 +82,31 @@ def test_every_key_of_its_json_is_one_of_fios(disk):
     status, out, _ = bench(disk, "--runtime", "0.1", "--json")
     assert status == 0
     fio = {line for line in FIO.read_text().splitlines() if not line.startswith("#")}
-    assert paths(json.loads(out)) - fio == {"/virtio-bdev version"}
+    assert paths(json.loads(out)) - fio == {"/virtio-bdev version", "/jobs[]/job options/runtime"}
+
+
+def test_every_option_of_its_json_is_one_of_fios():
+    """But for the values' own form, what is told can be given to fio."""
+    text = subprocess.run([needs.program("fio"), "--cmdhelp=all"], capture_output=True, text=True).stdout
+    known = set(re.findall(r"^ *(\w+) +:", text, re.MULTILINE))
+    job = Job(
+        rw="randrw",
+        bs=512,
+        iodepth=3,
+        runtime=1.5,
+        requests=7,
+        offset=512,
+        size=1024,
+        ramp=0.5,
+        rwmixread=9,
+        random_distribution="zipf:1.1",
+        rate_iops=100.0,
+        iodepth_batch=2,
+        seed=1,
+    )
+    told = job.fio()
+    assert len(told) == 13 and told.keys() <= known
+    assert (told["ramp_time"], told["rate_iops"], told["number_ios"]) == ("0.5", "100", "7")
 
 
 @pytest.mark.parametrize("rw, used, unused", [("randread", "read", "write"), ("write", "write", "read")])
@@ -84,7 +115,7 @@ def test_json_has_the_run_as_fio_would_tell_it(disk, rw, used, unused):
     status, out, err = bench(disk, *options)
     assert (status, err) == (0, "")
     (job,) = json.loads(out)["jobs"]
-    assert job["job options"] == {"rw": rw, "bs": "8192", "iodepth": "2"}
+    assert job["job options"] == {"rw": rw, "bs": "8192", "iodepth": "2", "runtime": "0.2"}
     told = job[used]
     assert told["io_bytes"] == 8192 * told["total_ios"] > 0
     assert 200 <= told["runtime"] < 5000
@@ -142,6 +173,17 @@ def test_overwriting_a_disk_asks_at_a_terminal(disk, answer, status):
         (["--iodepth", "0"], 2, "--iodepth"),
         (["--runtime", "0"], 2, "--runtime"),
         (["--rw", "trim"], 2, "--rw"),
+        (["--random-distribution", "zipf"], 1, "'zipf', want random, zipf:THETA or pareto:SHARE"),
+        (["--rate-iops", "0"], 2, "--rate-iops"),
+        (["--iodepth", "2", "--iodepth-batch", "3"], 1, "iodepth_batch=3, want 1 to 2, the iodepth"),
+        (["--verify", "md5"], 2, "--verify"),
+        (["--verify-only"], 2, "--verify-only wants --verify and the --seed"),
+        (["--verify", "crc", "--verify-only"], 2, "--verify-only wants --verify and the --seed"),
+        (["--verify", "crc", "--rw", "read", "--json"], 2, "measures nothing: --rw, --json does not go with"),
+        (["--compare", __file__, "--json"], 2, "--compare adds lines, which would not go with --json"),
+        (["--compare", "/nowhere"], 2, "--compare"),
+        (["--compare", __file__], 1, "test_bench.py is not what `bench --json`, or fio's"),
+        (["--plot", "here.gif"], 1, "here.gif: want a name that ends with .svg or .png"),
         (["--bdev", "Other"], 1, "has no disk Other; it has: VirtioBlk0"),
     ],
 )
@@ -182,3 +224,76 @@ def test_jobs_and_mixes_are_lines_and_jobs_of_json(disk):
     for job in jobs:
         assert job["read"]["total_ios"] > job["write"]["total_ios"] > 0
         assert job["read"]["runtime"] == job["write"]["runtime"]
+
+
+def test_a_run_is_compared_with_an_earlier_one(disk, tmp_path):
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(bench(disk, "--runtime", "0.2", "--json")[1])
+    status, out, err = bench(disk, "--runtime", "0.2", "--compare", earlier)
+    assert (status, err) == (0, "")
+    number = r"x\d+\.\d\d"
+    compared = (
+        rf"reads against then: IOPS {number}, mean {number}, p50 {number}, p99 {number}, p99.9 {number}"
+    )
+    assert re.fullmatch(rf"VirtioBlk0: {compared}", out.splitlines()[1])
+
+
+@pytest.mark.parametrize("then, words", [(0.5, "IOPS x2.00, mean x0.50"), (4, "IOPS x0.25, mean x4.00")])
+def test_a_comparison_divides_now_by_then(then, words):
+    result = Result(Job(), 2.0, Histogram(), Histogram())
+    for _ in range(1000):
+        result.reads.record(10_000)
+    told = fio([result])
+    read = told["jobs"][0]["read"]
+    read["iops"], read["clat_ns"]["mean"] = read["iops"] * then, read["clat_ns"]["mean"] / then
+    (line,) = msgspec.convert(told, Earlier).compare(SimpleNamespace(name="Disk"), [result])
+    assert line.startswith(f"Disk: reads against then: {words}, p50 x1.00")
+
+
+def test_fios_own_json_can_be_compared_with(disk, tmp_path):
+    (tmp_path / "file").write_bytes(bytes(1 << 20))
+    job = [f"--filename={tmp_path}/file", "--rw=randread", "--bs=4k", "--runtime=0.2", "--time_based"]
+    said = subprocess.run(
+        [needs.program("fio"), "--name=job", "--output-format=json", "--size=1M", *job],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    (tmp_path / "fio.json").write_text(said.stdout)
+    status, out, _ = bench(disk, "--runtime", "0.1", "--compare", tmp_path / "fio.json")
+    assert status == 0 and re.search(r"reads against then: IOPS x\d+\.\d\d, mean x[\d.]+, p50 x[\d.]+", out)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"jobs": []}', '{"jobs": [{"read": {"iops": "many"}}]}'])
+def test_what_is_no_earlier_run_is_told(tmp_path, text):
+    (tmp_path / "earlier").write_text(text)
+    with pytest.raises(ClickException, match="earlier (is not what|has no job)"):
+        Earlier.load(tmp_path / "earlier")
+
+
+@pytest.mark.parametrize("name, magic", [("plot.svg", b"<?xml"), ("plot.png", b"\x89PNG")])
+def test_a_plot_is_a_picture(disk, tmp_path, name, magic):
+    options = ["--rw", "randrw", "--yes", "--runtime", "0.2", "--plot", tmp_path / name]
+    status, _, err = bench(disk, *options)
+    assert (status, err) == (0, "")
+    assert (tmp_path / name).read_bytes().startswith(magic)
+
+
+def test_a_disk_is_verified_and_looked_at_again_later(disk):
+    how = ["--verify", "crc", "--seed", "7", "--bs", "8k"]
+    status, out, err = bench(disk, *how, "--yes")
+    assert (status, err) == (0, "")
+    assert re.fullmatch(r"VirtioBlk0: 128 blocks of 8 KiB written in .* read back in .* and verified\n", out)
+    status, out, err = bench(disk, *how, "--verify-only")
+    assert (status, err) == (0, "")
+    assert re.fullmatch(r"VirtioBlk0: 128 blocks of 8 KiB read back in [\d,.]+ MiB/s and verified\n", out)
+    how[3] = "8"
+    status, out, err = bench(disk, *how, "--verify-only")
+    assert (status, out) == (1, "")
+    assert "not ours: the write was lost; " in err and "; and 125 more near there" in err
+
+
+def test_what_the_driver_itself_takes_is_a_line(disk):
+    _, out, _ = bench(disk, "--runtime", "0.2", "--busy")
+    assert re.fullmatch(r"VirtioBlk0: [\d,]+ ns of the driver itself for each request", out.splitlines()[1])

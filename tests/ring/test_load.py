@@ -11,11 +11,14 @@ from fractions import Fraction
 import pytest
 from hypothesis import given, strategies as st
 
+from tests.conftest import INTERPRETED
 from tests.ring.test_requests import IOVA, READ, Bench, abandon, finish, serve
 from virtio.errors import RequestError
 from virtio.ring import requests
-from virtio.ring.load import Histogram, Load
+from virtio.ring._bits import mix
+from virtio.ring.load import UNLIMITED, Histogram, Load
 from virtio.ring.requests import LOADED, Task
+from virtio.ring.skew import Skew
 
 NOTHING = memoryview(array("Q"))
 
@@ -104,6 +107,98 @@ def test_a_load_that_does_not_fit_or_has_nothing_to_do_is_refused():
         Load(0, 512, random=True)
     with pytest.raises(RequestError, match="a load of 0 requests"):
         Load(512, 512, random=True, requests=0)
+
+
+# Some blocks more often than others: the counts of many, beside what the law says.
+
+
+def counts(skew, blocks, number=200_000):
+    found = [0] * blocks
+    for i in range(number):
+        found[skew.block(mix(i + 1))] += 1
+    return sorted(found, reverse=True)
+
+
+@pytest.mark.parametrize("theta", [0.5, 0.99, 1.0, 1.2, 3.0])
+@pytest.mark.parametrize("blocks", [1, 2, 7, 1000])
+def test_zipf_has_each_rank_as_often_as_the_law_says(theta, blocks):
+    number = 200_000 if not INTERPRETED else 20_000
+    seen = counts(Skew("zipf", theta, blocks), blocks, number)
+    weights = [(k + 1) ** -theta for k in range(blocks)]
+    for rank in range(min(5, blocks)):
+        want = number * weights[rank] / sum(weights)
+        assert abs(seen[rank] - want) < 5 * math.sqrt(want) + 3  # of one rank, five standard deviations
+    half = sum(weights[: blocks // 2]) / sum(weights)
+    assert sum(seen[: blocks // 2]) / number == pytest.approx(half, abs=0.03)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.3])
+def test_pareto_has_a_share_of_the_blocks_met_by_all_but_that_share(share):
+    number = 200_000 if not INTERPRETED else 20_000
+    seen = counts(Skew("pareto", share, 1000), 1000, number)
+    assert sum(seen[: int(1000 * share)]) / number == pytest.approx(1 - share, abs=0.02)
+
+
+def test_ranks_are_spread_over_the_disk_one_to_one():
+    blocks = 1000
+    # By so steep a law nearly all go to one block; by pareto's with a half, all to all.
+    assert {Skew("pareto", 0.5, blocks).block(scale_up(i, blocks)) for i in range(blocks)} == set(
+        range(blocks)
+    )
+
+
+def scale_up(rank, blocks):
+    """A number that has this rank by a law that prefers none."""
+    return int((rank + 0.5) / blocks * 2**64)
+
+
+@given(
+    st.sampled_from([("zipf", 0.01), ("zipf", 1.0), ("zipf", 9.9), ("pareto", 1e-9), ("pareto", 0.999)]),
+    st.integers(1, 1 << 55),
+    st.integers(0, (1 << 64) - 1),
+)
+def test_no_law_leaves_the_disk(law, blocks, number):
+    assert 0 <= Skew(*law, blocks).block(number) < blocks
+
+
+# When requests begin.
+
+
+def test_requests_begin_when_there_is_room_for_a_batch_of_them():
+    bench = Bench(16)
+    load = Load(512, 512 * 64, random=False, requests=20, batch=3)
+    task = loaded(bench, load, 8)
+    arrived = []
+
+    def turn(answered):
+        for head in arrived[:answered]:
+            bench.answer(head, b"\0")
+        del arrived[:answered]
+        bench.queue.run(task, 0, 0)
+        new = bench.arrivals()
+        arrived.extend(new)
+        return len(new)
+
+    # 8 at first; then none until three have ended; the last 20 - 8 - 3 - 4 - 3 = 2 wait for nobody.
+    assert [turn(n) for n in (0, 1, 1, 1, 4, 2, 1, 4)] == [8, 0, 0, 3, 4, 0, 3, 2]
+
+
+def test_a_rate_lets_them_begin_at_even_intervals():
+    load = Load(512, 1 << 20, random=False, rate=1000)
+    load.enter()
+    begun = load.now
+    assert load.ripe() >= 1 and load.pause(load.ripe()) <= 1_000_000
+    time.sleep(0.05)
+    ripe = load.ripe()
+    assert ripe == (load.now - begun) // 1_000_000 + 1 or ripe == (load.now - begun - 1) // 1_000_000 + 1
+    assert load.pause(ripe - 1) == UNLIMITED  # it may: what it waits for is not the time
+    assert Load(512, 1 << 20, random=False).pause(0) == UNLIMITED
+
+
+@pytest.mark.parametrize("how", [dict(rate=-1), dict(rate=math.inf), dict(batch=0)])
+def test_a_rate_and_a_batch_have_bounds(how):
+    with pytest.raises(RequestError, match="requests a second, .* together: want more than 0"):
+        Load(512, 512, random=True, **how)
 
 
 # The histogram.

@@ -91,7 +91,7 @@ bytes_of_the_space = st.dictionaries(st.integers(0, 255), st.integers(0, 255), m
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(bytes_of_the_space, st.integers(0, 1 << 32), st.sampled_from([0.0, 0.01, 0.1, 1.0]))
 @example({}, 1, 1.0)
 @example(dict.fromkeys(range(256), 0xFF), 1, 0.0)

@@ -402,7 +402,7 @@ class Lease:
                     self._check_limit(deadline, task)
                 self.check_deadline(deadline, self.queue.in_flight)
                 if reason == IDLE and not swept:  # which may have made room
-                    self.sleep(_earlier(deadline, pause))
+                    self.sleep(_earlier(_earlier(deadline, pause), task.pause()))
 
     def _tell(self, task: Task, reason: int) -> None:
         """What a run came to, for a trace; a queue is told by its completion descriptor."""

@@ -3,11 +3,12 @@
 cimport cython
 from libc.stdint cimport uint64_t
 
-from virtio.ring._bits cimport bit_length, scale
+from virtio.ring._bits cimport bit_length, mix, scale, whole
 from virtio.ring._mem cimport Mem, fill, load_u64, store_u64, window
 from virtio.ring._os cimport now_ns
+from virtio.ring.skew cimport Skew
 
-cdef uint64_t _LAST, _SEVERAL, _GAMMA, _MIX1, _MIX2
+cdef uint64_t _LAST, _SEVERAL, _GAMMA, _FOREVER
 cdef int _SUB_BITS, _EXACT, _BUCKETS
 
 
@@ -33,7 +34,12 @@ cdef class Load:
     cdef readonly uint64_t nbytes, requests, begun, now, deadline
     cdef readonly int reads
     cdef readonly Histogram latency, written
-    cdef public uint64_t errors
+    cdef public uint64_t errors, busy
+    cdef readonly uint64_t batch
+    cdef readonly bint paced, timed
+    cdef Skew _skew
+    cdef uint64_t _from, _ripe, _due
+    cdef double _interval
     cdef uint64_t _blocks, _runtime, _seed, _base, _ramp
     cdef bint _random, _fresh, _stopped
 
@@ -42,5 +48,8 @@ cdef class Load:
     @cython.locals(mixed=uint64_t)
     cpdef bint is_write(self, uint64_t number) noexcept nogil
     cpdef void enter(self) noexcept nogil
+    cpdef uint64_t ripe(self) noexcept nogil
+    @cython.locals(until=uint64_t)
+    cpdef uint64_t pause(self, uint64_t started) noexcept nogil
     cpdef bint begin(self, uint64_t count) noexcept nogil
     cpdef void complete(self, uint64_t began, bint write) noexcept nogil

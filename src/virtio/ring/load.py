@@ -12,13 +12,14 @@ from typing import NamedTuple
 import cython
 
 from virtio.errors import RequestError
+from virtio.ring.skew import Skew
 
 if not cython.compiled:
-    from virtio.ring._bits import bit_length, scale
+    from virtio.ring._bits import bit_length, mix, scale, whole
     from virtio.ring._mem import fill, load_u64, store_u64, window
     from virtio.ring._os import now_ns
 
-UNLIMITED = 1 << 62  # requests, or nanoseconds
+UNLIMITED = _FOREVER = 1 << 62  # requests, or nanoseconds
 
 _LAST = 0xFFFFFFFFFFFFFFFF
 _SUB_BITS = 7  # 128 buckets for each power of two
@@ -27,8 +28,7 @@ _BUCKETS = (64 - _EXACT << _SUB_BITS) + (1 << _EXACT)
 
 _SEVERAL = 4  # requests that make it worth while to look at the clock again
 
-# SplitMix64: Steele, Lea, Flood, "Fast splittable pseudorandom number generators".
-_GAMMA, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_GAMMA = 0x9E3779B97F4A7C15  # SplitMix64's step
 
 
 class Bucket(NamedTuple):
@@ -136,12 +136,15 @@ class Load:
     """Requests of `nbytes` each, all over `size` bytes of a disk from `base` on: in sequence, or at random.
 
     So many percent of them are `reads`, in no order; the others are writes, whose latencies are counted in
-    `written`. What ends in the first `ramp_ns` is not counted at all. It ends after `runtime_ns` more or so
-    many `requests`, whichever comes first, or with the first error. A sequence begins again at `base` when
-    it has come to its end; what is left there, less than `nbytes`, is not touched. The same `seed` gives the
-    same offsets. `latency` is in nanoseconds, from when a request is about to be put on the ring until its
-    completion is seen; requests that are put there, or seen, together share one reading of the clock. For
-    one run, by one thread.
+    `written`. What ends in the first `ramp_ns` is not counted at all. Random offsets are all as likely,
+    unless `skew` says which are more so. No more than `rate` requests a second begin, at even intervals;
+    those that are late begin as soon as they can. Requests begin when there is room for `batch` of them,
+    not before. It ends after `runtime_ns` more or so many `requests`, whichever comes first, or with the
+    first error. A sequence begins again at `base` when it has come to its end; what is left there, less
+    than `nbytes`, is not touched. The same `seed` gives the same offsets. `latency` is in nanoseconds, from
+    when a request is about to be put on the ring until its completion is seen; requests that are put there,
+    or seen, together share one reading of the clock. If it is `timed`, `busy` has the ticks of all rounds
+    of the loop in which anything was submitted or seen. For one run, by one thread.
     """
 
     def __init__(
@@ -156,6 +159,10 @@ class Load:
         runtime_ns: int = UNLIMITED,
         requests: int = UNLIMITED,
         seed: int = 0,
+        skew: Skew | None = None,
+        rate: float = 0.0,
+        batch: int = 1,
+        timed: bool = False,
     ) -> None:
         if not 0 < nbytes <= size:
             raise RequestError(f"requests of {nbytes} bytes on {size} bytes")
@@ -163,6 +170,8 @@ class Load:
             raise RequestError(f"a load of {requests} requests in {runtime_ns} ns")
         if base < 0 or not 0 <= reads <= 100 or ramp_ns < 0:
             raise RequestError(f"a load from byte {base} on, with {reads} % of reads, after {ramp_ns} ns")
+        if not 0 <= rate < math.inf or batch < 1:
+            raise RequestError(f"a load of {rate} requests a second, {batch} together: want more than 0")
         self.nbytes = nbytes
         self.requests = requests
         self.reads = reads
@@ -175,15 +184,18 @@ class Load:
         self._runtime = min(runtime_ns, UNLIMITED)
         self._seed = seed & _LAST
         self._base, self._ramp = base, min(ramp_ns, UNLIMITED)
+        self._skew: Skew = skew  # type: ignore[assignment]  # None where there is none
+        self.paced = rate > 0
+        self.batch, self.timed, self.busy = batch, timed, 0
+        self._interval = 1e9 / rate if rate else 0.0
+        self._from = self._ripe = self._due = 0
 
     def offset(self, number: int) -> int:
         """The byte on the disk where request `number` begins."""
         block = number
         if self._random:
-            block = (self._seed + (number + 1) * _GAMMA) & _LAST
-            block = ((block ^ block >> 30) * _MIX1) & _LAST
-            block = ((block ^ block >> 27) * _MIX2) & _LAST
-            block = scale(block ^ block >> 31, self._blocks)
+            block = mix((self._seed + (number + 1) * _GAMMA) & _LAST)
+            block = scale(block, self._blocks) if self._skew is None else self._skew.block(block)
         elif number >= self._blocks:
             block = number % self._blocks
         return self._base + block * self.nbytes
@@ -192,9 +204,13 @@ class Load:
         """Whether request `number` is one."""
         if self.reads == 100:
             return False
-        mixed = (~self._seed + (number + 1) * _GAMMA) & _LAST
-        mixed = ((mixed ^ mixed >> 30) * _MIX1) & _LAST
-        return scale(mixed ^ mixed >> 31, 100) >= self.reads
+        mixed = mix((~self._seed + (number + 1) * _GAMMA) & _LAST)
+        return scale(mixed, 100) >= self.reads
+
+    @property
+    def warming(self) -> bool:
+        """Whether nothing counts yet, as the time for that has not come."""
+        return bool(self._ramp)
 
     def stop(self) -> None:
         """Start nothing more; from any thread."""
@@ -206,6 +222,23 @@ class Load:
         if self.begun == 0:
             self.begun = self.now = now_ns()
             self.deadline = self.begun + self._ramp + self._runtime
+            self._from = self._due = self.now
+
+    def ripe(self) -> int:
+        """How many requests may have begun by now, of a load that is `paced`."""
+        self.now = now_ns()
+        self._fresh = True
+        while self._due <= self.now:
+            self._ripe += 1
+            self._due = self._from + whole(float(self._ripe) * self._interval) + 1
+        return self._ripe
+
+    def pause(self, started: int) -> int:
+        """Nanoseconds from `now` until one more may begin, or the load ends: if that is all it waits for."""
+        if not self.paced or started < self._ripe:
+            return _FOREVER
+        until = min(self._due, self.deadline)
+        return max(until, self.now) - self.now
 
     def begin(self, count: int) -> bool:
         """So many requests are about to be submitted, at `now`; false if it is too late for that.
@@ -221,7 +254,9 @@ class Load:
             self.deadline = self.begun + self._runtime
             self.latency.clear()
             self.written.clear()
-        return count == 0 or (self.now < self.deadline and not self._stopped)
+        if count == 0 and not self.paced:
+            return True
+        return self.now < self.deadline and not self._stopped
 
     def complete(self, began: int, write: bool) -> None:
         """Count a request that was submitted at `began`, and has just been seen to be done."""

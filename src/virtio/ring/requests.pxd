@@ -124,12 +124,13 @@ cdef class RequestQueue:
     @cython.locals(reason=int)
     cpdef int run(self, Task task, uint64_t slice_ns, uint64_t spin_ns) noexcept
     @cython.locals(begun=uint64_t, busy=uint64_t, now=uint64_t, spins=uint32_t, rounds=uint32_t,
-                   patience=uint64_t, filled=int, got=int)
+                   patience=uint64_t, filled=int, got=int, began=uint64_t, timed=bint, most=uint64_t,
+                   pause=uint64_t, slept=int)
     cdef int _run(self, Task task, uint64_t slice_ns, uint64_t spin_ns) noexcept nogil
     @cython.locals(count=int, part=uint64_t, item=uint64_t, within=uint64_t, nbytes=uint64_t,
                    place=uint64_t, data=uint64_t, offset=uint64_t, slot=int, now=uint64_t)
     cdef int _fill(self, Task task) noexcept nogil
-    @cython.locals(room=uint64_t, part=uint64_t, data=uint64_t, place=uint64_t, slot=int)
+    @cython.locals(room=uint64_t, ripe=uint64_t, part=uint64_t, data=uint64_t, place=uint64_t, slot=int)
     cdef int _fill_load(self, Task task) noexcept nogil
     @cython.locals(moved=uint64_t, slot=uint32_t, record=size_t, base=size_t, same=bint, i=int, patch=size_t,
                    source=int, value=uint64_t, key=uint32_t, laid=int)

@@ -25,6 +25,7 @@ import cython
 
 from virtio.errors import RequestError
 from virtio.ring.format import SPLIT, RingFormat
+from virtio.ring.load import UNLIMITED
 from virtio.ring.stats import OTHER, READ, UNMAP, WRITE
 
 if not cython.compiled:
@@ -311,6 +312,11 @@ class Task:
             nbytes = min(self.part_bytes, self.item_bytes - part % self.parts * self.part_bytes)
             self.stats.count(self.template.kind, nbytes, began, ticks())
         self._finish(part, True)
+
+    def pause(self) -> float | None:
+        """Seconds until a load goes on by itself; None where only an answer can make it."""
+        ns = UNLIMITED if self.load is None else self.load.pause(self.started)
+        return None if ns == UNLIMITED else ns / 1e9
 
     def again(self, part: int) -> None:
         """Send a part that came back with a fault once more; for parts of no load."""
@@ -841,7 +847,11 @@ class RequestQueue:
         busy = begun  # when something last happened
         spins = 0
         rounds = 0
+        began = 0  # the round, where that is wanted
+        timed = task.load is not None and task.load.timed
         while True:
+            if timed:
+                began = ticks()
             if load_acquire_u32(self._stop, 0):
                 return _PAUSED if load_acquire_u32(self._stop, 0) == _PAUSE else _LOST
             filled = self._fill(task)
@@ -857,6 +867,8 @@ class RequestQueue:
             if task.finished == task.total:
                 return _DONE
             if filled or got:
+                if timed:
+                    task.load.busy += ticks() - began
                 spins = 0
                 rounds += 1
                 if rounds % _ROUNDS == 0 and now_ns() - begun > slice_ns:
@@ -873,7 +885,16 @@ class RequestQueue:
             if spins % _CLOCK_EVERY == 0 or patience == 0:
                 now = now_ns()
                 if now - busy >= patience:
-                    if now - begun >= slice_ns or self._sleep(slice_ns - (now - begun)) <= 0:
+                    if now - begun >= slice_ns:
+                        return _IDLE
+                    most = slice_ns - (now - begun)
+                    pause = most
+                    if task.load is not None:
+                        pause = task.load.pause(task.started)
+                        if pause > most:
+                            pause = most
+                    slept = self._sleep(pause)
+                    if slept < 0 or (slept == 0 and pause == most):
                         return _IDLE
                     spins = 0
                 elif now - begun > slice_ns:
@@ -938,8 +959,14 @@ class RequestQueue:
     def _fill_load(self, task: Task) -> int:
         """The same for a load, which makes its offsets and wants to know when each part starts."""
         room = task._depth - task.active
+        if room < task.load.batch and room < task.total - task.started:
+            return 0
         if room > task.total - task.started:
             room = task.total - task.started
+        if task.load.paced:
+            ripe = task.load.ripe() - task.started
+            if room > ripe:
+                room = ripe
         if room > task.allowed - task.started:
             room = task.allowed - task.started
         if room > self._free_count:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from pathlib import Path
 from typing import Any, get_args
 
 import click
+from click.core import ParameterSource
 
-from virtio.ring.load import Histogram
 from virtio_bdev import Bdev, Controller, bench
 from virtio_bdev.bdev import human
 from virtio_bdev.channel import Wait
+from virtio_bdev.cli import report
 from virtio_bdev.cli.options import SIZE, choose, controller_options, progress
-from virtio_bdev.verify import verify
+from virtio_bdev.verify import How, verify
+
+# What goes with --verify, besides what every command has.
+_OF_VERIFY = {"disk_name", "bs", "offset", "size", "wait", "verifies", "verify_only", "yes", "seed"}
+_OF_BENCH = {*(field for field in bench.Job.__dataclass_fields__), "numjobs", "as_json", "earlier", "plot"}
 
 
 @click.command()
@@ -66,24 +68,61 @@ from virtio_bdev.verify import verify
     help="For an answer: spin, spin a moment and then sleep, or sleep.",
 )
 @click.option(
+    "--random-distribution",
+    default="random",
+    metavar="random|zipf:THETA|pareto:SHARE",
+    show_default=True,
+    help="Which places random requests go to more often: none, by Zipf's law, or a SHARE by Pareto's.",
+)
+@click.option(
+    "--rate-iops",
+    type=click.FloatRange(0, min_open=True),
+    help="Requests a second of each job, at even intervals; as many as there can be unless given.",
+)
+@click.option(
+    "--iodepth-batch",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Requests that are submitted together, when there is room for so many.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="The same seed gives the same places.")
+@click.option("--busy", is_flag=True, help="Also tell how long the driver itself takes for a request.")
+@click.option(
     "--verify",
     "verifies",
-    is_flag=True,
-    help="Write every block once and read it back, instead: whether what was written is there.",
+    type=click.Choice(get_args(How)),
+    help="Write every block once and read it back, instead: whether what was written is there, by "
+    "all its bytes or by a checksum.",
+)
+@click.option(
+    "--verify-only", is_flag=True, help="Only read back what the same --verify and --seed have written."
 )
 @click.option("--yes", is_flag=True, help="Overwrite the disk without asking.")
 @click.option("--json", "as_json", is_flag=True, help="As fio prints it.")
+@click.option(
+    "--compare",
+    "earlier",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="With the output of an earlier --json, or fio's.",
+)
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    help="Draw latencies, and the rate over time, into FILE.svg or FILE.png.",
+)
 def command(
     controller: Controller,
     timeout: float,
     disk_name: str | None,
-    rw: bench.Pattern,
-    bs: int,
     numjobs: int,
     wait: Wait,
-    verifies: bool,
+    verifies: How | None,
+    verify_only: bool,
     yes: bool,
     as_json: bool,
+    earlier: Path | None,
+    plot: Path | None,
     **how: Any,
 ) -> None:
     """Measure a disk behind ADDRESS: requests a second, and how long each takes.
@@ -92,83 +131,77 @@ def command(
     measured until then.
     """
     bdev = choose(controller, disk_name)
-    if bench.is_write(rw) or verifies:
-        bdev.check(0, bs, write=True)
+    job = bench.Job(**how)
+    if verifies or verify_only:
+        _refuse_others(click.get_current_context())
+        if verify_only and (verifies is None or job.seed is None):
+            raise click.UsageError("--verify-only wants --verify and the --seed it was written with")
+    elif as_json and earlier:
+        raise click.UsageError(
+            "--compare adds lines, which would not go with --json: compare its output later"
+        )
+    if job.writes or (verifies and not verify_only):
+        bdev.check(job.offset, job.bs, write=True)
         if not yes:
             _ask(bdev)
     if verifies:
-        if as_json:
-            raise click.UsageError("--verify measures nothing that --json could print")
-        _verify(bdev, wait, timeout, bs, how["offset"], how["size"])
+        _verify(bdev, wait, timeout, job, verifies, verify_only)
         return
-    with _live(how["ramp"]) as tell:
-        results = bench.run_jobs(
-            bdev, numjobs, wait=wait, timeout=timeout, progress=tell, rw=rw, bs=bs, **how
-        )
+    before = None if earlier is None else report.Earlier.load(earlier)
+    draw = None if plot is None else report.plotter(plot)
+    history: report.History = []
+    with report.live(job.ramp, job.runtime) as tell:
+
+        def follow(seconds: float, requests: int) -> None:
+            history.append((seconds, requests))
+            tell(seconds, requests)
+
+        results = bench.run_jobs(bdev, job, numjobs, wait=wait, timeout=timeout, progress=follow)
     if as_json:
-        json.dump(_fio(results), sys.stdout, indent=2)
+        json.dump(report.fio(results), sys.stdout, indent=2)
         print()
     else:
-        _print(bdev, results)
+        lines = list(report.lines(bdev, results))
+        print(*lines, *(before.compare(bdev, results) if before else ()), sep="\n")
+        if draw is not None:
+            draw(lines[0].partition(":")[0], results, history)
     if results[0].interrupted:
         raise click.Abort
 
 
-def _verify(bdev: Bdev, wait: Wait, timeout: float, bs: int, offset: int, size: int | None) -> None:
-    total = 2 * (bdev.size - offset if size is None else size)
+def _refuse_others(context: click.Context) -> None:
+    """What was given of options that verification has no use for."""
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name in _OF_BENCH - _OF_VERIFY
+        and context.get_parameter_source(parameter.name or "") is not ParameterSource.DEFAULT
+    ]
+    if given:
+        raise click.UsageError(f"--verify measures nothing: {', '.join(given)} does not go with it")
+
+
+def _verify(bdev: Bdev, wait: Wait, timeout: float, job: bench.Job, how: How, only: bool) -> None:
+    size = bdev.size - job.offset if job.size is None else job.size
+    total = size if only else 2 * size
     with bdev.open(wait=wait, timeout=timeout) as channel, progress("verifying", total) as advance:
-        found = verify(channel, bs=bs, offset=offset, size=size, progress=advance)
+        found = verify(
+            channel,
+            bs=job.bs,
+            offset=job.offset,
+            size=job.size,
+            seed=job.seed,
+            how=how,
+            write=not only,
+            progress=advance,
+        )
     rates = (found.nbytes / 2**20 / max(1e-9, took) for took in (found.write_seconds, found.read_seconds))
     write, read = rates
+    wrote = "" if only else f"written in {write:,.1f} MiB/s, "
     print(
-        f"{bdev.name}: {found.blocks:,} blocks of {human(bs)} written in {write:,.1f} MiB/s, read back in "
+        f"{bdev.name}: {found.blocks:,} blocks of {human(job.bs)} {wrote}read back in "
         f"{read:,.1f} MiB/s and verified"
     )
-
-
-def _print(bdev: Bdev, results: list[bench.Result]) -> None:
-    """One line for all jobs together, and for reads and writes apart where there are both."""
-    first = results[0]
-    in_flight = f"{first.iodepth} in flight" + (f" on each of {len(results)} queues" if results[1:] else "")
-    directions = {
-        "read": [result.reads for result in results],
-        "write": [result.writes for result in results],
-    }
-    seen = {name: merged for name, some in directions.items() if (merged := _merge(some)).count}
-    seconds = max(result.seconds for result in results)
-    for name, latency in (seen or {first.rw: first.latency}).items():
-        what = f"{first.rw}, {name}s" if seen.keys() > {name} else first.rw
-        iops = latency.count / seconds if seconds else 0.0
-        times = {"mean": latency.mean, **{f"p{p:g}": latency.percentile(p) for p in (50, 99, 99.9)}}
-        words = ", ".join(f"{key} {ns / 1000:.1f}" for key, ns in times.items())
-        print(
-            f"{bdev.name}: {what} of {human(first.bs)}, {in_flight}: {iops:,.0f} IOPS, "
-            f"{iops * first.bs / 2**20:,.1f} MiB/s, latency in us: {words}"
-        )
-
-
-def _merge(histograms: list[Histogram]) -> Histogram:
-    merged = Histogram()
-    for each in histograms:
-        merged.add(each)
-    return merged
-
-
-@contextlib.contextmanager
-def _live(ramp: float) -> Iterator[Callable[[float, int], None]]:
-    """A line that is written anew each second, on a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda seconds, requests: None
-        return
-
-    def tell(seconds: float, requests: int) -> None:
-        what = "ramp" if seconds <= ramp else f"{seconds - ramp:.0f} s"
-        print(f"\r{what}: {requests:,} IOPS\x1b[K", end="", file=sys.stderr, flush=True)
-
-    try:
-        yield tell
-    finally:
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _ask(bdev: Bdev) -> None:
@@ -178,14 +211,3 @@ def _ask(bdev: Bdev) -> None:
         raise click.UsageError(f"{words}: --yes says that this is wanted")
     if not click.confirm(f"{words}. Go on?", err=True):
         raise click.ClickException("nothing was written")
-
-
-def _fio(results: list[bench.Result]) -> dict[str, object]:
-    now = time.time()
-    return {
-        "virtio-bdev version": version("virtio-bdev"),
-        "timestamp": int(now),
-        "timestamp_ms": int(now * 1000),
-        "time": time.ctime(now),
-        "jobs": [result.fio() for result in results],
-    }
