@@ -35,7 +35,8 @@ def count(layout: str, requests: int) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/out"
         argv = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}", "--compress-strings=no"]
-        argv += [f"--toggle-collect={_LOOP}", "--compress-pos=no", sys.executable, str(_HERE), "--load", layout, str(requests)]
+        argv += [f"--toggle-collect={_LOOP}", "--compress-pos=no"]
+        argv += [sys.executable, str(_HERE), "--load", layout, str(requests)]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=_PATIENCE_S)
         if done.returncode:
             raise RuntimeError(f"valgrind: {done.stderr[-2000:]}")
