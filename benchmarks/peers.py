@@ -14,12 +14,15 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, NamedTuple
+
+Wait = Literal["poll", "event"]
 
 ROOT = Path(__file__).parents[1]
 BLKIO = ROOT / "build" / "blkio"
 _WAYS = Path(__file__).with_name("ways.py")
-_TARGET_CORE, _CLIENT_CORE = "0", "1"
-_PATIENCE_S = 30.0
+TARGET_CORE, CLIENT_CORE = "0", "1"
+PATIENCE_S = 30.0
 _NBYTES = 1 << 30
 _FILE_BYTES = 256 << 20
 
@@ -42,11 +45,11 @@ def storage_daemon(backing: str, *, nbd: bool = False) -> Iterator[str]:
         else:
             export = ["--export", f"type=vhost-user-blk,id=e0,node-name=n0,addr.type=unix,addr.path={path}"]
             export[-1] += ",writable=on,num-queues=4,iothread=t0"
-        argv = ["taskset", "-c", _TARGET_CORE, "qemu-storage-daemon", "--blockdev", disk, *_IOTHREAD, *export]
+        argv = ["taskset", "-c", TARGET_CORE, "qemu-storage-daemon", "--blockdev", disk, *_IOTHREAD, *export]
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         daemon = subprocess.Popen(argv, **quiet)
         try:
-            deadline = time.monotonic() + _PATIENCE_S
+            deadline = time.monotonic() + PATIENCE_S
             while not os.path.exists(path):
                 if daemon.poll() is not None or time.monotonic() > deadline:
                     raise SystemExit("qemu-storage-daemon does not start")
@@ -59,10 +62,10 @@ def storage_daemon(backing: str, *, nbd: bool = False) -> Iterator[str]:
 
 def _client(*argv: str, seconds: float, env: dict[str, str] | None = None) -> str:
     done = subprocess.run(
-        ["taskset", "-c", _CLIENT_CORE, *argv],
+        ["taskset", "-c", CLIENT_CORE, *argv],
         capture_output=True,
         text=True,
-        timeout=_PATIENCE_S + seconds,
+        timeout=PATIENCE_S + seconds,
         env={**os.environ, **(env or {})},
         stdin=subprocess.DEVNULL,
     )
@@ -71,16 +74,37 @@ def _client(*argv: str, seconds: float, env: dict[str, str] | None = None) -> st
     return done.stdout
 
 
-def ours(socket: str, rw: str, bs: int, depth: int, poll: bool, seconds: float) -> float:
-    """`virtio-bdev bench`: requests a second."""
+class Measured(NamedTuple):
+    """Requests a second, the 99th percentile of latency, and the client's own time for a request."""
+
+    iops: float
+    p99_us: float
+    busy_ns: float | None
+
+
+def ours(
+    socket: str,
+    rw: str,
+    bs: int,
+    depth: int,
+    wait: Wait,
+    seconds: float,
+    *,
+    kind: str = "blk",
+    busy: bool = False,
+) -> Measured:
+    """`virtio-bdev bench`."""
     said = _client(
-        *(sys.executable, "-m", "virtio_bdev", "bench", f"user:{socket}", "--dev-type", "blk"),
+        *(sys.executable, "-m", "virtio_bdev", "bench", f"user:{socket}", "--dev-type", kind),
         *("--queues", "1", "--rw", rw, "--bs", str(bs), "--iodepth", str(depth), "--yes", "--json"),
-        *("--runtime", str(seconds), "--wait", "poll" if poll else "event"),
+        *("--runtime", str(seconds), "--wait", wait, *(["--busy"] if busy else [])),
         seconds=seconds,
     )
     job = json.loads(said)["jobs"][0]
-    return float(job["read"]["iops"] + job["write"]["iops"])
+    used = job["write" if rw.endswith("write") else "read"]
+    return Measured(
+        used["iops"], used["clat_ns"]["percentile"]["99.000000"] / 1000, job.get("busy_ns_per_io")
+    )
 
 
 @functools.cache
@@ -171,5 +195,10 @@ def has_libnbd(left_out: list[str]) -> bool:
 def python_way(way: str, depth: int, seconds: float) -> float:
     """Requests a second of one of the ways in ways.py."""
     with storage_daemon("null-co", nbd=way == "libnbd") as socket:
-        python = (_system_python() if way == "libnbd" else None) or sys.executable
-        return float(_client(python, str(_WAYS), way, socket, str(depth), str(seconds), seconds=seconds))
+        return way_to(way, socket, depth, seconds)
+
+
+def way_to(way: str, socket: str, depth: int, seconds: float, kind: str = "blk") -> float:
+    """The same to a disk that is there."""
+    python = (_system_python() if way == "libnbd" else None) or sys.executable
+    return float(_client(python, str(_WAYS), way, socket, str(depth), str(seconds), kind, seconds=seconds))

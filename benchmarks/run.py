@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import platform
 import random
@@ -23,6 +24,7 @@ import driver
 import growth
 import msgspec
 import peers
+import spdk
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "build" / "bench"
@@ -96,11 +98,54 @@ def _compare(
         row.figures["libblkio"] = []
     for _ in range(turns):
         with peers.storage_daemon(backing) as socket:  # a fresh one, as it adapts to what it has seen
-            row.figures["ours"].append(peers.ours(socket, rw, bs, depth, poll, seconds))
+            wait = "poll" if poll else "event"
+            row.figures["ours"].append(peers.ours(socket, rw, bs, depth, wait, seconds).iops)
         if blkio is not None:
             with peers.storage_daemon(backing) as socket:
                 row.figures["libblkio"].append(peers.blkio_bench(blkio, socket, rw, bs, depth, poll, seconds))
     return row
+
+
+def against_spdk(turns: int, seconds: float, left_out: list[str]) -> Iterator[Row]:
+    """SPDK's vhost target: ours and its own initiator."""
+    tree = spdk.tree(left_out)
+    if tree is not None:
+        for kind in ("blk", "scsi"):
+            for backing in ("RAM disk", "null"):
+                for depth in (1, 32, 128):
+                    yield from _beside_bdevperf(tree, kind, backing, depth, turns, seconds)
+
+
+def _beside_bdevperf(
+    tree: Path, kind: str, backing: str, depth: int, turns: int, seconds: float
+) -> Iterator[Row]:
+    what = f"SPDK {kind}, {backing}, QD {depth}"
+    rows = {
+        "iops": Row(what, "IOPS", {}),
+        "p99": Row(f"{what}, p99", "us", {}, more_is_better=False),
+        "busy": Row(f"{what}, the driver's own time", "ns a request", {}, more_is_better=False),
+        "mean": Row(f"{what}, a blocking call", "us", {}, more_is_better=False),
+    }
+    for turn in range(turns):
+        for who in ("ours", "bdevperf")[:: 1 if turn % 2 else -1]:
+            with spdk.target(tree, kind, backing) as socket:
+                if who == "ours":
+                    got = peers.ours(socket, "randread", 4096, depth, "poll", seconds, kind=kind)
+                    own = peers.ours(socket, "randread", 4096, depth, "poll", seconds, kind=kind, busy=True)
+                    found = {"iops": got.iops, "p99": got.p99_us, "busy": own.busy_ns}
+                    if depth == 1:
+                        found["mean"] = 1e6 / peers.way_to("blocking", socket, 1, seconds, kind)
+                else:
+                    got = spdk.bdevperf(tree, socket, kind, "randread", 4096, depth, seconds)
+                    found = {"iops": got.iops, "p99": got.p99_us, "busy": got.busy_ns}
+                    if depth == 1:
+                        found["mean"] = 1e6 / got.iops
+            for name, value in found.items():
+                rows[name].figures.setdefault(who, []).append(value or math.nan)
+    for row in rows.values():
+        if row.figures:
+            row.figures = {who: row.figures[who] for who in ("ours", "bdevperf")}
+            yield row
 
 
 def python(turns: int, seconds: float, left_out: list[str]) -> Iterator[Row]:
@@ -129,7 +174,13 @@ def grown(turns: int, seconds: float, left_out: list[str]) -> Iterator[Row]:
         yield Row(what, unit, values, more_is_better=False)
 
 
-SUITES: dict[str, Suite] = {"vhost": vhost, "python": python, "driver": alone, "growth": grown}
+SUITES: dict[str, Suite] = {
+    "vhost": vhost,
+    "spdk": against_spdk,
+    "python": python,
+    "driver": alone,
+    "growth": grown,
+}
 
 
 def machine(turns: int, seconds: float) -> Record:
@@ -183,8 +234,8 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.suites) - set(SUITES):
         parser.error(f"{', '.join(unknown)}: want any of {', '.join(SUITES)}")
-    if options.seconds % 1 and {"vhost"} & set(options.suites or SUITES):
-        parser.error(f"--seconds {options.seconds}: libblkio's benchmark wants whole seconds")
+    if options.seconds % 1 and {"vhost", "spdk"} & set(options.suites or SUITES):
+        parser.error(f"--seconds {options.seconds}: libblkio's benchmark and bdevperf want whole seconds")
     record = machine(options.turns, options.seconds)
     if record.load > _BUSY and not options.force:
         sys.exit(

@@ -1,6 +1,7 @@
 """Random reads of 4 KiB from Python, in one of several ways: prints how many a second.
 
 ways.py batch|blocking|asyncio|libnbd SOCKET DEPTH SECONDS
+ways.py blocking SOCKET DEPTH SECONDS scsi
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import random
 import sys
 import time
 from array import array
+from functools import partial
+from typing import Literal
 
 BLOCK, BLOCKS = 4096, 1 << 18
 OFFSETS = [BLOCK * random.Random(1).randrange(BLOCKS) for _ in range(1 << 14)]
@@ -29,15 +32,16 @@ def batch(socket: str, depth: int, seconds: float) -> float:
             return done / (time.monotonic() - begun)
 
 
-def blocking(socket: str, depth: int, seconds: float) -> float:
+def blocking(socket: str, depth: int, seconds: float, kind: Literal["blk", "scsi"] = "blk") -> float:
     import virtio_bdev
 
-    with virtio_bdev.attach(f"user:{socket}", dev_type="blk", queues=1) as controller:
+    with virtio_bdev.attach(f"user:{socket}", dev_type=kind, queues=1) as controller:
         (bdev,) = controller.values()
+        offsets = [offset % bdev.size for offset in OFFSETS[:256]]
         with bdev.open(wait="poll") as channel, controller.buffer(BLOCK) as into:
             done, begun = 0, time.monotonic()
             while time.monotonic() < begun + seconds:
-                for offset in OFFSETS[:256]:
+                for offset in offsets:
                     channel.readinto(offset, into)
                 done += 256
             return done / (time.monotonic() - begun)
@@ -95,6 +99,8 @@ def libnbd(socket: str, depth: int, seconds: float) -> float:
 
 if __name__ == "__main__":
     ways = {"batch": batch, "blocking": blocking, "asyncio": in_asyncio, "libnbd": libnbd}
+    if sys.argv[5:] == ["scsi"]:
+        ways["blocking"] = partial(blocking, kind="scsi")
     way, socket, depth, seconds = ways[sys.argv[1]], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
     if sys.argv[1] != "libnbd":  # whose server ends with its first client
         way(socket, depth, 0.2)  # a daemon adapts to what it has seen

@@ -16,8 +16,9 @@ from tools.preflight import apt_command
 ROOT = Path(__file__).parent.parent
 INTERPRETED = os.environ.get("VIRTIO_INTERPRETED") == "1"
 
-# Real peers are run against what users install.
-collect_ignore = ["peers"] if INTERPRETED else []
+# Real peers, the program and its daemon are run against what users install.
+COMPILED_ONLY = ["peers", "cli", "rpc", "test_docs.py", "test_benchmarks.py", "test_budget.py"]
+collect_ignore = COMPILED_ONLY if INTERPRETED else []
 
 configuration.set_hypothesis_home_dir(ROOT / "build/cache/hypothesis")
 if os.environ.get("CI") != "true":  # there hypothesis has a profile of its own

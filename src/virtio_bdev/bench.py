@@ -159,13 +159,16 @@ class Result:
 
     def fio(self) -> dict[str, Any]:
         """The job of this run as fio's json has it; a direction that was not used is all zeros."""
-        return {
+        told: dict[str, Any] = {
             "jobname": self.job.rw,
             "error": 0,
             "job options": self.job.fio(),
             "read": _direction(self.job.bs, self.seconds, self.reads),
             "write": _direction(self.job.bs, self.seconds, self.writes),
         }
+        if self.busy is not None:  # which fio does not have
+            told["busy_ns_per_io"] = 1e9 * self.busy / max(1, self.requests)
+        return told
 
 
 def run(channel: Channel, job: Job) -> Result:

@@ -1,0 +1,167 @@
+"""SPDK's vhost target, and its own initiator, bdevperf: of a built tree that SPDK_DIR names.
+
+Both want memory in huge pages, and a core each: they poll.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from peers import CLIENT_CORE, PATIENCE_S, TARGET_CORE, Measured
+
+from virtio.errors import VirtioError
+from virtio_bdev.rpc.client import call
+
+_MEMORY_MIB = 512  # of each
+_BLOCK = 512
+_RAM_BYTES, _NULL_BYTES = 64 << 20, 1 << 30
+
+
+def tree(left_out: list[str]) -> Path | None:
+    """The built tree, or None and why."""
+    if "SPDK_DIR" not in os.environ:
+        left_out.append(
+            "SPDK: SPDK_DIR names no built tree (with build/bin/vhost and build/examples/bdevperf)"
+        )
+        return None
+    found = Path(os.environ["SPDK_DIR"])
+    for program in ("build/bin/vhost", "build/examples/bdevperf"):
+        if not (found / program).exists():
+            left_out.append(f"SPDK: {found} has no {program}")
+            return None
+    with open("/proc/meminfo") as lines:
+        pages = dict(line.split(":") for line in lines)
+    free = int(pages["HugePages_Free"]) * int(pages["Hugepagesize"].split()[0]) >> 10
+    if free < 2 * _MEMORY_MIB:
+        left_out.append(
+            f"SPDK: {free} MiB of huge pages are free, want {2 * _MEMORY_MIB}: "
+            f"echo {_MEMORY_MIB} > /proc/sys/vm/nr_hugepages"
+        )
+        return None
+    return found
+
+
+@contextlib.contextmanager
+def target(spdk: Path, kind: str, backing: str) -> Iterator[str]:
+    """A disk of its vhost target on the target's core, a "RAM disk" or "null": its socket."""
+    with tempfile.TemporaryDirectory(prefix="bench-", dir="/dev/shm") as folder:
+        make = "bdev_null_create" if backing == "null" else "bdev_malloc_create"
+        nbytes = _NULL_BYTES if backing == "null" else _RAM_BYTES
+        disk = {"name": "Disk0", "num_blocks": nbytes // _BLOCK, "block_size": _BLOCK}
+        if kind == "blk":
+            calls = [("vhost_create_blk_controller", {"ctrlr": "socket", "dev_name": "Disk0"})]
+        else:
+            calls = [("vhost_create_scsi_controller", {"ctrlr": "socket"})]
+            unit = {"ctrlr": "socket", "scsi_target_num": 0, "bdev_name": "Disk0"}
+            calls.append(("vhost_scsi_controller_add_target", unit))
+        config = _configuration(f"{folder}/config", {"bdev": [(make, disk)], f"vhost_{kind}": calls})
+        argv = [
+            str(spdk / "build/bin/vhost"),
+            "-c",
+            config,
+            "-S",
+            folder,
+            *_common(f"{folder}/rpc", TARGET_CORE),
+        ]
+        path = f"{folder}/socket"
+        with _running(argv, path):
+            yield path
+
+
+def _common(rpc: str, core: str) -> list[str]:
+    options = ["-r", rpc, "-m", f"[{core}]", "-s", str(_MEMORY_MIB), "-u", "--iova-mode", "va"]
+    return [*options, "--huge-unlink", "--silence-noticelog", "--disable-cpumask-locks"]
+
+
+def _configuration(path: str, subsystems: dict[str, list[tuple[str, dict[str, object]]]]) -> str:
+    described = [
+        {"subsystem": name, "config": [{"method": method, "params": params} for method, params in calls]}
+        for name, calls in subsystems.items()
+    ]
+    Path(path).write_text(json.dumps({"subsystems": described}))
+    return path
+
+
+@contextlib.contextmanager
+def _running(argv: list[str], ready: str) -> Iterator[None]:
+    """A program, from when it has made the socket `ready` on."""
+    process = subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + PATIENCE_S
+        while not os.path.exists(ready):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"{argv[0]} does not start: {' '.join(argv)}")
+            time.sleep(0.01)
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def bdevperf(spdk: Path, socket: str, kind: str, rw: str, bs: int, depth: int, seconds: float) -> Measured:
+    """What SPDK's initiator gets from a disk; its own time is that of polls that found something."""
+    with tempfile.TemporaryDirectory(prefix="bench-", dir="/dev/shm") as folder:
+        where = {"name": "Disk", "trtype": "user", "traddr": socket, "dev_type": kind}
+        attach = ("bdev_virtio_attach_controller", {**where, "vq_count": 2, "vq_size": 512})
+        calls = [attach, ("bdev_wait_for_examine", {})]
+        config = _configuration(f"{folder}/config", {"bdev": calls})
+        rpc = f"{folder}/rpc"
+        argv = [str(spdk / "build/examples/bdevperf"), "-c", config, "-l", *_common(rpc, CLIENT_CORE)]
+        argv += ["-w", rw, "-o", str(bs), "-q", str(depth), "-t", f"{seconds:.0f}"]
+        samples: list[_Sample] = []
+        sampler = threading.Thread(target=_sample, args=(rpc, seconds, samples))
+        sampler.start()
+        done = subprocess.run(
+            argv, capture_output=True, text=True, timeout=PATIENCE_S + seconds, stdin=subprocess.DEVNULL
+        )
+        sampler.join()
+    total = re.search(r"^\W*Total\s+:\s+([\d.]+)", done.stdout, re.MULTILINE)
+    p99 = re.search(r"^\s*99\.00000% :\s+([\d.]+)us", done.stdout, re.MULTILINE)
+    if done.returncode or total is None or p99 is None:
+        raise SystemExit(f"bdevperf: {done.stdout[-1000:]}{done.stderr[-1000:]}")
+    busy = None
+    if len(samples) == 2 and samples[1].requests > samples[0].requests:
+        busy = (samples[1].busy_ns - samples[0].busy_ns) / (samples[1].requests - samples[0].requests)
+    return Measured(float(total[1]), float(p99[1]), busy)
+
+
+class _Sample(NamedTuple):
+    busy_ns: float  # of all its threads
+    requests: int  # that have ended
+
+
+def _sample(rpc: str, seconds: float, into: list[_Sample]) -> None:
+    """Look twice amid a run: it begins when requests end."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline and len(into) < 2:
+        try:
+            statistics = json.loads(call(rpc, "bdev_get_iostat", None, 1.0))["bdevs"]
+            threads = json.loads(call(rpc, "thread_get_stats", None, 1.0))
+        except VirtioError:
+            if into:
+                return  # it has ended
+            time.sleep(0.02)
+            continue
+        requests = sum(each["num_read_ops"] + each["num_write_ops"] for each in statistics)
+        if requests > 1000:
+            busy = sum(thread["busy"] for thread in threads["threads"])
+            into.append(_Sample(1e9 * busy / threads["tick_rate"], requests))
+            time.sleep(0.5 * seconds)
+        else:
+            time.sleep(0.02)
