@@ -112,7 +112,7 @@ def against_spdk(turns: int, seconds: float, left_out: list[str]) -> Iterator[Ro
     if tree is not None:
         for kind in ("blk", "scsi"):
             for backing in ("RAM disk", "null"):
-                for depth in (1, 32, 128):
+                for depth in (1, 32, 128 if kind == "blk" else 127):  # of cmd_per_lun one is for probes
                     yield from _beside_bdevperf(tree, kind, backing, depth, turns, seconds)
 
 
@@ -127,8 +127,8 @@ def _beside_bdevperf(
         "mean": Row(f"{what}, a blocking call", "us", {}, more_is_better=False),
     }
     for turn in range(turns):
-        for who in ("ours", "bdevperf")[:: 1 if turn % 2 else -1]:
-            with spdk.target(tree, kind, backing) as socket:
+        with spdk.target(tree, kind, backing) as socket:
+            for who in ("ours", "bdevperf")[:: 1 if turn % 2 else -1]:
                 if who == "ours":
                     got = peers.ours(socket, "randread", 4096, depth, "poll", seconds, kind=kind)
                     own = peers.ours(socket, "randread", 4096, depth, "poll", seconds, kind=kind, busy=True)
@@ -140,8 +140,8 @@ def _beside_bdevperf(
                     found = {"iops": got.iops, "p99": got.p99_us, "busy": got.busy_ns}
                     if depth == 1:
                         found["mean"] = 1e6 / got.iops
-            for name, value in found.items():
-                rows[name].figures.setdefault(who, []).append(value or math.nan)
+                for name, value in found.items():
+                    rows[name].figures.setdefault(who, []).append(value or math.nan)
     for row in rows.values():
         if row.figures:
             row.figures = {who: row.figures[who] for who in ("ours", "bdevperf")}

@@ -48,6 +48,10 @@ def tree(left_out: list[str]) -> Path | None:
             f"echo {_MEMORY_MIB} > /proc/sys/vm/nr_hugepages"
         )
         return None
+    with open("/proc/mounts") as lines:
+        if not any(line.split()[2] == "hugetlbfs" for line in lines):
+            left_out.append("SPDK: huge pages are not mounted: mount -t hugetlbfs none /dev/hugepages")
+            return None
     return found
 
 
@@ -80,12 +84,17 @@ def target(spdk: Path, kind: str, backing: str) -> Iterator[str]:
 
 def _common(rpc: str, core: str) -> list[str]:
     options = ["-r", rpc, "-m", f"[{core}]", "-s", str(_MEMORY_MIB), "-u", "--iova-mode", "va"]
-    return [*options, "--huge-unlink", "--silence-noticelog", "--disable-cpumask-locks"]
+    return [*options, "--single-file-segments", "--silence-noticelog", "--disable-cpumask-locks"]
 
 
 def _configuration(path: str, subsystems: dict[str, list[tuple[str, dict[str, object]]]]) -> str:
     described = [
-        {"subsystem": name, "config": [{"method": method, "params": params} for method, params in calls]}
+        {
+            "subsystem": name,
+            "config": [
+                {"method": method} | ({"params": params} if params else {}) for method, params in calls
+            ],
+        }
         for name, calls in subsystems.items()
     ]
     Path(path).write_text(json.dumps({"subsystems": described}))
@@ -95,14 +104,14 @@ def _configuration(path: str, subsystems: dict[str, list[tuple[str, dict[str, ob
 @contextlib.contextmanager
 def _running(argv: list[str], ready: str) -> Iterator[None]:
     """A program, from when it has made the socket `ready` on."""
-    process = subprocess.Popen(
-        argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    log = Path(f"{ready}.log")
+    with log.open("wb") as said:
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
     try:
         deadline = time.monotonic() + PATIENCE_S
         while not os.path.exists(ready):
             if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"{argv[0]} does not start: {' '.join(argv)}")
+                raise SystemExit(f"{argv[0]} does not start: {log.read_text()[-1000:]}")
             time.sleep(0.01)
         yield
     finally:
