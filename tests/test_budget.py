@@ -2,11 +2,15 @@
 
 import subprocess
 import sys
+from array import array
 
 import pytest
 
+import virtio_bdev
 from tests.conftest import INTERPRETED, ROOT
 from tests.needs import module, program
+from virtio.target import serve
+from virtio_bdev import bench
 
 VALGRIND = program("valgrind")
 module("numpy")
@@ -26,3 +30,44 @@ def test_a_request_takes_no_more_instructions_than_it_did():
         assert line.startswith(layout)
         taken = int(line.removeprefix(layout).split()[0])
         assert 100 < taken <= budget, line
+
+
+def calls(what):
+    """How many calls the interpreter makes or sees meanwhile, of functions in Python and of compiled ones."""
+    count = 0
+
+    def see(frame, event, arg):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(see)
+    try:
+        what()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("kind", ["blk", "scsi"])
+@pytest.mark.parametrize("wait", ["poll", "event"])
+@pytest.mark.parametrize("way", ["batch", "bench"])
+def test_ten_times_as_many_requests_are_no_more_calls_of_the_interpreter(kind, wait, way):
+    """But for what it does fifty times a second, whatever there is to do."""
+    with (
+        serve(kind, "ram:1M") as target,
+        virtio_bdev.attach(target.address, dev_type=kind) as controller,
+        next(iter(controller.values())).open(wait=wait) as channel,
+    ):
+
+        def move(count):
+            if way == "bench":
+                bench.run(channel, bench.Job(requests=count, bs=512))
+            else:
+                offsets = array("Q", [i % 2048 * 512 for i in range(count)])
+                channel.read_batch(offsets, 512, into[: count * 512]).raise_for_status()
+
+        into = memoryview(bytearray(100_000 * 512))
+        move(10_000)
+        few, many = (calls(lambda count=count: move(count)) for count in (10_000, 100_000))
+    assert few < 2_000
+    assert many < few + 2_000

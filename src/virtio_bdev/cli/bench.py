@@ -157,14 +157,14 @@ def command(
             tell(seconds, requests)
 
         results = bench.run_jobs(bdev, job, numjobs, wait=wait, timeout=timeout, progress=follow)
+    lines = list(report.lines(bdev, results))
     if as_json:
         json.dump(report.fio(results), sys.stdout, indent=2)
         print()
     else:
-        lines = list(report.lines(bdev, results))
         print(*lines, *(before.compare(bdev, results) if before else ()), sep="\n")
-        if draw is not None:
-            draw(lines[0].partition(":")[0], results, history)
+    if draw is not None and any(result.requests for result in results):
+        draw(lines[0].partition(", latency")[0], results, history)
     if results[0].interrupted:
         raise click.Abort
 
