@@ -196,7 +196,7 @@ class Guest:
             socket.socketpair() for _ in range(3)
         )
         machine = "q35,memory-backend=ram" + (",kernel-irqchip=split" if iommu else "")
-        words = f"console=ttyS0 panic=-1 tsc=reliable no_timer_check quiet hugepages={huge}"
+        words = f"console=ttyS0 panic=-1 tsc=reliable no_timer_check loglevel=6 hugepages={huge}"
         if iommu:
             words += " intel_iommu=on"
         with agent, their_console, their_qmp:

@@ -486,6 +486,20 @@ def test_a_driver_that_sleeps_is_called_and_a_device_that_sleeps_is_kicked():
         assert kicks  # at first at least
 
 
+def test_who_gives_another_call_descriptor_is_called_by_it():
+    """A completion may have been told by the old one, at which its front end looks no more."""
+    with Running() as running:
+        front = running.front
+        front.hello()
+        front.ring(0)
+        front.request(0, [IN], [512, 1])
+        with eventfd() as other:
+            front.send(fe.SET_VRING_CALL, u64(0), [other])
+            poll = select.poll()
+            poll.register(other, select.POLLIN)
+            assert poll.poll(5000)
+
+
 # Changes while a session goes on; the channel back.
 
 CONFIG_CHANGE = struct.pack("=III", 2, 1, 0)  # request 2, version 1 and no NEED_REPLY, no payload

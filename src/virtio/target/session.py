@@ -8,6 +8,7 @@ set up are one state.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from virtio.errors import ProtocolError
+from virtio.ring import eventfd
 from virtio.ring.device import SLOTS, DeviceRing
 from virtio.target.held import Kept
 from virtio.target.memory import SharedMemory
@@ -307,8 +309,13 @@ class Session:
             vring.kick = fd
 
     def _set_call(self, vring: _Vring, fd: int) -> None:
+        """Take another call descriptor. What has just been told by the old one, its front end may not see any
+        more (QEMU, when a guest unmasks a vector): so the new one tells it again."""
         if vring.ring is not None:
             vring.ring.call_fd = fd
+            if fd >= 0:
+                with contextlib.suppress(OSError):
+                    eventfd.signal(fd)
         if vring.call >= 0:
             os.close(vring.call)
         vring.call = fd
