@@ -123,8 +123,12 @@ def bind(guest, *addresses, driver="vfio-pci"):
 
 
 def unbind(guest, *addresses):
+    """Give them back to the kernel, and wait until it has found their disks, which may take it a while."""
     for each in addresses:
         assert guest.evaluate(f"sysfs.find({each!r}).restore().driver") == "virtio-pci"
+    end = time.monotonic() + WAIT_S
+    while not all(listed(guest)[each].disks for each in addresses):
+        assert time.monotonic() < end, listed(guest)
 
 
 def test_all_devices_bound_to_vfio_are_attached_written_and_verified(behind_iommu, files):
