@@ -86,9 +86,8 @@ class Job:
         if self.rw not in _PATTERNS:
             raise RequestError(f"rw={self.rw!r}, want one of {', '.join(_PATTERNS)}")
         times = f"{self.ramp} and {self.runtime} seconds and {self.requests} requests"
-        if not 0 < self.runtime < inf or not 0 <= self.ramp < inf:
-            raise RequestError(f"{times}: want more than 0")
-        if self.requests is not None and self.requests < 1:
+        none = self.requests is not None and self.requests < 1
+        if none or not 0 < self.runtime < inf or not 0 <= self.ramp < inf:
             raise RequestError(f"{times}: want more than 0")
         if not 0 <= self.rwmixread <= 100:
             raise RequestError(f"rwmixread={self.rwmixread}, want a percentage")

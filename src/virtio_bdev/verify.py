@@ -6,6 +6,7 @@ import random
 import struct
 import time
 import zlib
+from abc import ABC, abstractmethod
 from array import array
 from operator import itemgetter
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
@@ -102,20 +103,20 @@ def _chunks(offset: int, size: int, bs: int, chance: random.Random) -> Iterator[
         yield array("Q", places)
 
 
-class _Blocks:
+class _Blocks(ABC):
     """What each block is to be: a header, and bytes that nothing else on the disk is likely to have."""
 
     def __init__(self, bs: int, seed: int) -> None:
         self._bs, self._seed = bs, seed
         self._noise = random.Random(seed).randbytes(2 * bs)
 
+    @abstractmethod
     def at(self, place: int) -> bytes:
         """The block that is to be written there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def plight(self, place: int, block: bytes) -> str:
         """What is wrong with a block that was read there; nothing if it is right."""
-        raise NotImplementedError
 
     def check(self, places: array[int], found: memoryview, name: str) -> None:
         wrong = []
@@ -132,9 +133,8 @@ class _Blocks:
         shift = (mixed >> 20) % self._bs
         noise = self._noise[shift : shift + self._bs - _HEADER.size]
         block = bytearray(_HEADER.pack(_MAGIC, place, self._seed, 0) + noise)
-        for sector in range(
-            _SECTOR - 8, self._bs, _SECTOR
-        ):  # so that no two are alike, wherever they are cut
+        # So that no two are alike, wherever they are cut.
+        for sector in range(_SECTOR - 8, self._bs, _SECTOR):
             _WORD.pack_into(block, sector, mixed)
         return block
 

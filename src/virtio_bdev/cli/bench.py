@@ -17,9 +17,9 @@ from virtio_bdev.cli import report
 from virtio_bdev.cli.options import SIZE, choose, controller_options, progress
 from virtio_bdev.verify import How, verify
 
-# What goes with --verify, besides what every command has.
-_OF_VERIFY = {"disk_name", "bs", "offset", "size", "wait", "verifies", "verify_only", "yes", "seed"}
-_OF_BENCH = {*(field for field in bench.Job.__dataclass_fields__), "numjobs", "as_json", "earlier", "plot"}
+# What --verify has no use for.
+_OF_BENCH = {*bench.Job.__dataclass_fields__, "numjobs", "as_json", "earlier", "plot"}
+_OF_BENCH -= {"bs", "offset", "size", "seed"}
 
 
 @click.command()
@@ -174,7 +174,7 @@ def _refuse_others(context: click.Context) -> None:
     given = [
         parameter.opts[0]
         for parameter in context.command.params
-        if parameter.name in _OF_BENCH - _OF_VERIFY
+        if parameter.name in _OF_BENCH
         and context.get_parameter_source(parameter.name or "") is not ParameterSource.DEFAULT
     ]
     if given:
