@@ -35,7 +35,7 @@ def batch(socket: str, depth: int, seconds: float) -> float:
 def blocking(socket: str, depth: int, seconds: float, kind: Literal["blk", "scsi"] = "blk") -> float:
     import virtio_bdev
 
-    with virtio_bdev.attach(f"user:{socket}", dev_type=kind, queues=1) as controller:
+    with virtio_bdev.attach(f"user:{socket}", dev_type=kind, queues=1, depth=depth) as controller:
         (bdev,) = controller.values()
         offsets = [offset % bdev.size for offset in OFFSETS[:256]]
         with bdev.open(wait="poll") as channel, controller.buffer(BLOCK) as into:

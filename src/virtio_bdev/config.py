@@ -149,9 +149,9 @@ class BdevSpec:
         """The arguments of `attach`."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
-    def attach(self) -> Controller:
-        """Attach it; raises what `virtio_bdev.attach` raises."""
-        return attach(**self.arguments())
+    def attach(self, depth: int | None = None) -> Controller:
+        """Attach it, for so many requests at once if given; raises what `virtio_bdev.attach` raises."""
+        return attach(**self.arguments(), depth=depth)
 
 
 OPTIONS: dict[str, Option] = {

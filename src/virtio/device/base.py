@@ -39,6 +39,7 @@ DEVICE_BITS = 0xFFFFFF  # feature bits whose meaning the device type decides (6)
 QUEUE_SIZE = 256
 SMALL_QUEUE_SIZE = 128  # where the usual size is refused
 POOL_BYTES = 64 << 20  # what is not touched costs nothing; SPDK's target fails with small regions
+SMALL_BYTES = 64 << 10  # a request that fits in a queue which a `depth` has made small
 MAX_TRANSFER = 1 << 20  # bytes a request: more gains nothing and makes buffers scarce
 _RECONNECT_S = 0.05  # between two attempts to connect
 _CLOSE_S = 10.0  # how long closing waits for somebody who is starting the device again
@@ -78,12 +79,14 @@ class Device(ABC):
         queues: int | None = None,
         at_least: int | None = None,
         queue_size: int = QUEUE_SIZE,
+        depth: int | None = None,
         pool_bytes: int = POOL_BYTES,
     ) -> None:
         """Bring the device up. On any error everything is closed, the transport included.
 
         `queues` request queues, or as many as the process has cores; NoQueueError if the device
-        has fewer than that and than `at_least`.
+        has fewer than that and than `at_least`. With a `depth`, a queue is no larger than it takes for so
+        many requests of SMALL_BYTES.
         """
         self.transport = transport
         self.life = transport.life
@@ -111,6 +114,8 @@ class Device(ABC):
             self._mapping = transport.map(self._region)
             self._page = 1 << self._mapping.shift
             self.pool = Pool(self._region, self._page)
+            if depth is not None and self.indirect and not transport.legacy:
+                self.queue_size = min(self.queue_size, self._enough(depth))
             self._limit_segments(self.segments_offered, self.segment_bytes)
             try:
                 for index in range(self.FIXED_QUEUES):
@@ -181,6 +186,11 @@ class Device(ABC):
             if self.indirect:
                 segments = min(segments, most_segments(self.LAYOUT, self._page))
         self.segments = max(1, min(segments, useful, self.queue_size - 2))
+
+    def _enough(self, depth: int) -> int:
+        """The least size of a queue for so many requests of SMALL_BYTES, each with a table (2.7.5.3.1)."""
+        pieces = -(-SMALL_BYTES // min(self.segment_bytes, self._page)) + (self._page != ONE_PAGE)
+        return 1 << (max(depth, 2 + pieces) - 1).bit_length()
 
     @property
     def most_bytes(self) -> int:
@@ -464,15 +474,16 @@ def bring_up(
     queues: int | None = None,
     at_least: int | None = None,
     queue_size: int | None = None,
+    depth: int | None = None,
 ) -> D:
-    """A device of that kind behind a new connection; one more try with small queues if refused.
+    """A device of that kind behind a new connection; one more try with a usual size of queues if refused.
 
-    Back ends differ in the largest queue they take, and vhost-user does not let them say so.
+    Back ends differ in the sizes that they take, and vhost-user does not let them say so.
     """
     if queue_size is not None:
         return device(connect(), queues=queues, at_least=at_least, queue_size=queue_size)
     try:
-        return device(connect(), queues=queues, at_least=at_least)
+        return device(connect(), queues=queues, at_least=at_least, depth=depth)
     except QueueSetupError as refused:
         with contextlib.suppress(TransportError, ProtocolError, RequestTimeout):
             return device(connect(), queues=queues, at_least=at_least, queue_size=SMALL_QUEUE_SIZE)

@@ -19,6 +19,10 @@ class RingFormat(NamedTuple):
         """Offsets of the driver's area, of the device's and of the end; the descriptors are at 0 (2.6)."""
         return packed.areas(size) if self.packed else split.areas(size, self.align)
 
+    def room(self, size: int) -> tuple[range, range]:
+        """What is left of the cache lines of the driver's area and of the device's, where each is but one."""
+        return (range(0), range(0)) if self.packed else split.room(size, self.align)
+
     def lengths(self, size: int) -> tuple[int, int, int]:
         """Bytes of the descriptors, of the driver's area and of the device's."""
         return (16 * size, 4, 4) if self.packed else (16 * size, 2 * size + 6, 8 * size + 6)

@@ -5,10 +5,10 @@ from libc.stdint cimport uint64_t
 
 from virtio.ring._bits cimport bit_length, mix, scale, whole
 from virtio.ring._mem cimport Mem, fill, load_u64, store_u64, window
-from virtio.ring._os cimport now_ns
+from virtio.ring._os cimport ticks
 from virtio.ring.skew cimport Skew
 
-cdef uint64_t _LAST, _SEVERAL, _GAMMA, _FOREVER
+cdef uint64_t _LAST, _SEVERAL, _GAMMA, _FOREVER, _FRACTION
 cdef int _SUB_BITS, _EXACT, _BUCKETS
 
 
@@ -41,12 +41,14 @@ cdef class Load:
     cdef uint64_t _from, _ripe, _due
     cdef double _interval
     cdef uint64_t _blocks, _runtime, _seed, _base, _ramp
-    cdef bint _random, _fresh, _stopped
+    cdef bint _random, _entered, _fresh, _stopped
+    cdef uint64_t _zero, _ns_of_tick
 
     @cython.locals(block=uint64_t)
     cpdef uint64_t offset(self, uint64_t number) noexcept nogil
     @cython.locals(mixed=uint64_t)
     cpdef bint is_write(self, uint64_t number) noexcept nogil
+    cdef uint64_t _clock(self) noexcept nogil
     cpdef void enter(self) noexcept nogil
     cpdef uint64_t ripe(self) noexcept nogil
     @cython.locals(until=uint64_t)

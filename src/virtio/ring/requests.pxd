@@ -96,10 +96,12 @@ cdef class RequestQueue:
     cdef object _records_owner, _free_array, _faults_array, _ended_array, _early_array, _stop_owner
     cdef Doorbell _doorbell
     cdef Task _nothing
+    cdef object _places_array
+    cdef Mem _places
     cdef Mem _region, _iovas, _records, _free, _faults, _ended, _early, _stop
     cdef int _shift, _wake_fd, _end_fd
     cdef uint64_t _page_mask, _sequence, _now
-    cdef size_t _slots_at, _stride, _response_at, _table_at, _result_at, _response_bytes
+    cdef size_t _slots_at, _stride, _payload_at, _table_at, _result_at, _response_bytes
     cdef bint _result_wide, _response_first
     cdef uint64_t _result_mask
     cdef uint32_t _chain, _free_count, _fault_count, _ended_first, _ended_count, _early_count
@@ -132,18 +134,18 @@ cdef class RequestQueue:
     cdef int _fill(self, Task task) noexcept nogil
     @cython.locals(room=uint64_t, ripe=uint64_t, part=uint64_t, data=uint64_t, place=uint64_t, slot=int)
     cdef int _fill_load(self, Task task) noexcept nogil
-    @cython.locals(moved=uint64_t, slot=uint32_t, record=size_t, base=size_t, same=bint, i=int, patch=size_t,
+    @cython.locals(moved=uint64_t, slot=uint32_t, record=size_t, base=size_t, header=size_t, same=bint, i=int,
+                   patch=size_t, within=size_t,
                    source=int, value=uint64_t, key=uint32_t, laid=int)
     cdef int _start(self, Template template, uint64_t offset, uint64_t nbytes, uint64_t data,
                     uint64_t token, uint32_t state) noexcept nogil
     @cython.locals(count=uint32_t, total=uint32_t, index=uint32_t, place=uint64_t, left=uint64_t,
-                   size=uint64_t, flags=int, table=uint64_t, payload=size_t)
+                   size=uint64_t, flags=int, table=uint64_t, header=size_t, payload=size_t)
     cdef int _lay_out(self, uint32_t slot, size_t base, Template template, uint64_t data,
                       uint64_t nbytes) noexcept nogil
     @cython.locals(index=uint32_t, address=uint64_t)
     cdef void _move_data(self, uint32_t slot, size_t base, Template template,
                          uint64_t data) noexcept nogil
-    @cython.locals(response=size_t)
     cdef void _describe_response(self, uint32_t slot, size_t base, uint32_t index,
                                  uint32_t total) noexcept nogil
     @cython.locals(address=uint64_t, entry=size_t, first=uint32_t, following=uint32_t)
@@ -177,7 +179,9 @@ cdef class RequestQueue:
     @cython.locals(part=uint64_t, data=uint64_t, item=uint64_t, place=uint64_t)
     cdef void _deliver(self, Task task, size_t record) noexcept nogil
     cdef void _release(self, uint32_t slot) noexcept nogil
-    cdef void _poison(self, size_t base) noexcept nogil
+    cdef size_t _header(self, uint32_t slot) noexcept nogil
+    cdef size_t _response(self, uint32_t slot) noexcept nogil
+    cdef void _poison(self, uint32_t slot) noexcept nogil
     cdef object _take(self, uint32_t slot)
     @cython.locals(record=size_t, begin=size_t)
     cpdef object _report(self, uint32_t slot)

@@ -2,7 +2,9 @@
 
 A *slot* is room for one request in flight. Its shared half holds the request header, the response
 and, with indirect descriptors, the table; its private half (64 bytes) records what was asked. Slot
-`s` always uses the same descriptors, so most of a request is written once and stays.
+`s` always uses the same descriptors, so most of a request is written once and stays. Beside a ring so
+small that each half of it leaves room in its cache line, headers and responses are in these lines: a
+request is then two lines that pass between two cores, one each way.
 
 A *template* is one operation on one disk: the header's bytes and how to patch offset, length and
 tag into them. A *task* is many requests of one template, run without the GIL.
@@ -90,7 +92,10 @@ _NOBODY = 0xFFFFFFFF  # the owner of an orphan
 
 _PATCH = 10  # a packed patch: source, offset, width, big-endian, shift; 16 bits each
 _CLOCK_EVERY = 64  # spins between two looks at the clock
-_EAGER = 64  # spins before the first one that relaxes: an answer may be that fast
+# Spins before the first one that relaxes, some microseconds: a fast target answers sooner, and a look that
+# comes 40 to 140 cycles late costs more than it saves. Interpreted, to relax is to let others run.
+_EAGER = 1000 if cython.compiled else 64
+_LINE = 64  # bytes of a cache line
 _MOMENT = 3000  # ns of spinning in any case, where several answers are due: to sleep takes as long
 _ROUNDS = 8  # rounds that moved something: each may copy megabytes
 
@@ -124,6 +129,11 @@ class Layout(NamedTuple):
     result_offset: int
     result_mask: int
     response_first: bool
+
+    @property
+    def result_bytes(self) -> int:
+        """How wide the result is."""
+        return 8 if self.result_mask > 0xFF else 1
 
 
 class Finished(NamedTuple):
@@ -373,13 +383,13 @@ def queue_bytes(
 
     Where the device has it in pages of `page` bytes, as a `Pool` of such pages lends it.
     """
-    first, stride, _, _, slots = _shape(size, layout, segments, indirect, form, page)
+    first, stride, slots = _shape(size, layout, segments, indirect, form, page)
     return first + stride * slots
 
 
 def most_segments(layout: Layout, page: int) -> int:
     """How many data segments a request may have so that its slot fits in a page."""
-    table = _slot(layout)[1]
+    table = _slot(layout).table
     return max(0, min((page - table) // 16 - 2, 1 << 16))
 
 
@@ -387,25 +397,34 @@ def _up(value: int, align: int) -> int:
     return (value + align - 1) & ~(align - 1)
 
 
-def _slot(layout: Layout) -> tuple[int, int]:
-    """Where in a slot its response and its table begin."""
-    # In the header's cache line if there is room: a line less to be passed back and forth. An 8-byte
-    # result is aligned.
-    response = _up(layout.request + layout.payload, 8) + -layout.result_offset % 8
-    if response + layout.response > 64:
-        response = _up(layout.request + layout.payload, 64) + -layout.result_offset % 8
-    return response, _up(response + layout.response, 64)
+class _Slot(NamedTuple):
+    """Where the parts of a slot are, behind its header; in bytes."""
+
+    response: int
+    payload: int
+    table: int
+
+
+def _slot(layout: Layout) -> _Slot:
+    # The result is in the header's cache line if there is room, whatever comes after it in the response:
+    # a line less to be passed back and forth. One of 8 bytes is aligned.
+    width = layout.result_offset + layout.result_bytes
+    response = layout.request + -(layout.request + width) % layout.result_bytes
+    if response + width > _LINE:
+        response = _up(layout.request, _LINE) + -width % layout.result_bytes
+    payload = _up(response + layout.response, 8)
+    return _Slot(response, payload, _up(payload + layout.payload, _LINE))
 
 
 def _shape(
     size: int, layout: Layout, segments: int, indirect: bool, form: RingFormat, page: int
-) -> tuple[int, int, int, int, int]:
-    """Where the slots begin; of one its bytes, where its response and its table begin; their number.
+) -> tuple[int, int, int]:
+    """Where the slots begin, the bytes of one, and their number.
 
     A descriptor covers memory in one piece: in pages, no slot straddles two.
     """
-    response, table = _slot(layout)
-    stride = _up(table + (2 + segments) * 16, 64) if indirect else table
+    table = _slot(layout).table
+    stride = _up(table + (2 + segments) * 16, _LINE) if indirect else table
     first = form.areas(size)[2]
     if page != ONE_PAGE:
         stride = 1 << (stride - 1).bit_length()
@@ -415,7 +434,23 @@ def _shape(
     slots = size if indirect else size // (2 + segments)
     if slots == 0 or 2 + segments > size:
         raise RequestError(f"a queue of {size} descriptors has no room for a request of {2 + segments}")
-    return first, stride, response, table, slots
+    return first, stride, slots
+
+
+def _beside(size: int, layout: Layout, form: RingFormat) -> list[tuple[int, int]]:
+    """Where headers and responses fit in the cache lines that the two halves of a ring have anyway."""
+    heads, results = form.room(size)
+    if layout.result_bytes > 1:
+        return []
+    header = _up(layout.request, 8)
+    return [
+        (head, result)
+        for head, result in zip(
+            range(_up(heads.start, 8), heads.stop - header + 1, header),
+            range(results.start, results.stop - layout.response + 1, layout.response),
+            strict=False,
+        )
+    ]
 
 
 class RequestQueue:
@@ -449,9 +484,8 @@ class RequestQueue:
 
         Queues of one device with different numbers give their requests different tags.
         """
-        first, stride, response, table, slots = _shape(
-            size, layout, segments, indirect, form, 1 << mapping.shift
-        )
+        first, stride, slots = _shape(size, layout, segments, indirect, form, 1 << mapping.shift)
+        within = _slot(layout)
         end = form.areas(size)[2]
         self._buffer: Buffer | None = memory  # keeps the region's bytes lent
         self.ring = form.ring(memory.view()[:end], size, event_idx)
@@ -474,10 +508,21 @@ class RequestQueue:
         self._shift = mapping.shift
         self._page_mask = (1 << mapping.shift) - 1
         self._slots_at = memory.offset + first
-        self._stride, self._response_at, self._table_at = stride, response, table
-        self._result_at = response + layout.result_offset
+        self._stride, self._payload_at, self._table_at = stride, within.payload, within.table
+        beside = [
+            (memory.offset + head, memory.offset + result) for head, result in _beside(size, layout, form)
+        ]
+        own = (
+            (base, base + within.response)
+            for base in range(self._slots_at, self._slots_at + stride * slots, stride)
+        )
+        self._places_array = array("Q")  # of each slot: where in the region its header is, and its response
+        for place, usual in itertools.zip_longest(beside[:slots], own):
+            self._places_array.extend(place or usual)
+        self._places = window(self._places_array)
+        self._result_at = layout.result_offset
         self._result_mask = layout.result_mask
-        self._result_wide = layout.result_mask > 0xFF
+        self._result_wide = layout.result_bytes > 1
         self._response_bytes = layout.response
         self._response_first = layout.response_first
         self._chain = 2 + segments
@@ -558,7 +603,7 @@ class RequestQueue:
                 store_u32(self._records, record + _STATE, _ENDED)
                 self._put_ended(slot)
             else:
-                self._poison(self._slots_at + self._stride * slot)
+                self._poison(slot)
                 self._offer(slot)
 
     @property
@@ -815,7 +860,7 @@ class RequestQueue:
         return [
             bytes(self._region_view[begin : begin + self._layout.request])
             for begin in (
-                self._slots_at + self._stride * slot
+                self._header(slot)
                 for slot in range(self.slots)
                 if load_u32(self._records, _RECORD * slot + _STATE) == _SINGLE
                 and load_u32(self._records, _RECORD * slot + _OWNER) == _NOBODY
@@ -1000,6 +1045,7 @@ class RequestQueue:
         slot = load_u16(self._free, 2 * (self._free_count - 1))
         record = _RECORD * slot
         base = self._slots_at + self._stride * slot
+        header = self._header(slot)
         moved = template.data_bytes if template.data_bytes else nbytes
         same = (
             load_u32(self._records, record + _KEY) == template.key
@@ -1027,14 +1073,19 @@ class RequestQueue:
                 value = offset
             elif source == _NBYTES:
                 value = nbytes
+            within = load_u16(template._patch, patch + 2)
+            if within < template.request_bytes:
+                within += header
+            else:
+                within += base + self._payload_at - template.request_bytes
             store_field(
                 self._region,
-                base + load_u16(template._patch, patch + 2),
+                within,
                 value >> load_u16(template._patch, patch + 8),
                 load_u16(template._patch, patch + 4),
                 load_u16(template._patch, patch + 6) != 0,
             )
-        self._poison(base)
+        self._poison(slot)
         store_u32(self._records, record + _STATE, state)
         store_u32(self._records, record + _OWNER, 0)
         store_u16(self._records, record + _CHANGES, template.changes)
@@ -1047,16 +1098,23 @@ class RequestQueue:
         self._offer(slot)
         return slot
 
-    def _poison(self, base: int) -> None:
+    def _header(self, slot: int) -> int:
+        return load_u64(self._places, 16 * slot)
+
+    def _response(self, slot: int) -> int:
+        return load_u64(self._places, 16 * slot + 8)
+
+    def _poison(self, slot: int) -> None:
         """Make the result of a slot one that no success can be."""
         if self._result_wide:
-            store_u64(self._region, base + self._result_at, 0xFFFFFFFFFFFFFFFF)
+            store_u64(self._region, self._response(slot) + self._result_at, 0xFFFFFFFFFFFFFFFF)
         else:
-            store_u8(self._region, base + self._result_at, 0xFF)
+            store_u8(self._region, self._response(slot) + self._result_at, 0xFF)
 
     def _lay_out(self, slot: int, base: int, template: Template, data: int, nbytes: int) -> int:
         """Write a slot's header and descriptors: the number of data segments, -1 if they are too many."""
-        copy(self._region, base, template._mem, 0, template.request_bytes + template.payload_bytes)
+        header = self._header(slot)
+        copy(self._region, header, template._mem, 0, template.request_bytes)
         count = 0
         if template.direction != _NO_DATA:
             place = data
@@ -1069,10 +1127,11 @@ class RequestQueue:
             if count > self.segments:
                 return -1
         total = 2 + count + (1 if template.payload_bytes else 0)
-        self._describe(slot, base, 0, total, base, template.request_bytes, 0)
+        self._describe(slot, base, 0, total, header, template.request_bytes, 0)
         index = 1
         if template.payload_bytes:
-            payload = base + template.request_bytes
+            payload = base + self._payload_at
+            copy(self._region, payload, template._mem, template.request_bytes, template.payload_bytes)
             self._describe(slot, base, index, total, payload, template.payload_bytes, 0)
             index += 1
         if self._response_first and template.direction != _TO_DEVICE:
@@ -1105,8 +1164,7 @@ class RequestQueue:
             self._redirect(slot * self._chain + index, address)
 
     def _describe_response(self, slot: int, base: int, index: int, total: int) -> None:
-        response = base + self._response_at
-        self._describe(slot, base, index, total, response, self._response_bytes, _WRITE)
+        self._describe(slot, base, index, total, self._response(slot), self._response_bytes, _WRITE)
 
     def _describe(
         self, slot: int, base: int, index: int, total: int, place: int, nbytes: int, flags: int
@@ -1214,7 +1272,7 @@ class RequestQueue:
         return count
 
     def _result(self, slot: int) -> int:
-        place = self._slots_at + self._stride * slot + self._result_at
+        place = self._response(slot) + self._result_at
         result = load_u64(self._region, place) if self._result_wide else load_u8(self._region, place)
         return result & self._result_mask
 
@@ -1258,7 +1316,7 @@ class RequestQueue:
 
     def _report(self, slot: int) -> Finished:
         record = _RECORD * slot
-        begin = self._slots_at + self._stride * slot + self._response_at
+        begin = self._response(slot)
         response = bytes(self._region_view[begin : begin + self._response_bytes])
         return Finished(
             load_u64(self._records, record + _TOKEN),
@@ -1269,8 +1327,7 @@ class RequestQueue:
 
     def again(self, slot: int) -> None:
         """Offer a request that came back once more, unseen by the device until `kick`."""
-        base = self._slots_at + self._stride * slot
-        self._poison(base)
+        self._poison(slot)
         store_u32(self._records, _RECORD * slot + _STATE, _SINGLE)
         self._offer(slot)
 

@@ -54,6 +54,17 @@ def areas(size: int, align: int = ALIGN) -> tuple[int, int, int]:
     return available, used, _up(used + _RING + _ELEM * size + 2, align)
 
 
+def room(size: int, align: int = ALIGN) -> tuple[range, range]:
+    """The bytes that are left in the cache line of each ring, where that has but one line; else none."""
+    available, used, _ = areas(size, align)
+    return _left(available, available + _RING + 2 * size + 2), _left(used, used + _RING + _ELEM * size + 2)
+
+
+def _left(begin: int, end: int) -> range:
+    line = _up(begin + 1, ALIGN)
+    return range(end, line) if end < line else range(0)
+
+
 class SplitRing:
     """The driver's half of one split virtqueue; one thread at a time, which its owner sees to."""
 
@@ -90,7 +101,9 @@ class SplitRing:
 
     def rewind(self) -> None:
         """Begin anew from index 0, for a device that was reset; descriptors stay as they are."""
-        fill(self._mem, self._avail, 0, len(self._view) - self._avail)
+        # No byte more: there may be headers and responses behind each.
+        fill(self._mem, self._avail, 0, _RING + 2 * self.size + 2)
+        fill(self._mem, self._used, 0, _RING + _ELEM * self.size + 2)
         fill(self._given, 0, 0, self.size)
         self._avail_idx = self._published = self._used_idx = 0
         self.disarm()

@@ -10,11 +10,13 @@ from typing import Any, get_args
 import click
 from click.core import ParameterSource
 
-from virtio_bdev import Bdev, Controller, bench
+from virtio.device.base import SMALL_BYTES
+from virtio_bdev import Bdev, bench
 from virtio_bdev.bdev import human
 from virtio_bdev.channel import Wait
 from virtio_bdev.cli import report
-from virtio_bdev.cli.options import SIZE, choose, controller_options, progress
+from virtio_bdev.cli.options import SIZE, choose, device_options, progress
+from virtio_bdev.config import BdevSpec
 from virtio_bdev.verify import How, verify
 
 # What --verify has no use for.
@@ -23,7 +25,7 @@ _OF_BENCH -= {"bs", "offset", "size", "seed"}
 
 
 @click.command()
-@controller_options
+@device_options
 @click.option("--bdev", "disk_name", help="Name of the disk, where there are several.")
 @click.option(
     "--rw",
@@ -112,8 +114,7 @@ _OF_BENCH -= {"bs", "offset", "size", "seed"}
     help="Draw latencies, and the rate over time, into FILE.svg or FILE.png.",
 )
 def command(
-    controller: Controller,
-    timeout: float,
+    spec: BdevSpec,
     disk_name: str | None,
     numjobs: int,
     wait: Wait,
@@ -128,9 +129,8 @@ def command(
     """Measure a disk behind ADDRESS: requests a second, and how long each takes.
 
     All but read and randread overwrite the disk with random bytes. Ctrl-C ends it, and shows what was
-    measured until then.
+    measured until then. Unless --queue-size is given, a queue is as small as --iodepth allows.
     """
-    bdev = choose(controller, disk_name)
     job = bench.Job(**how)
     if verifies or verify_only:
         _refuse_others(click.get_current_context())
@@ -140,15 +140,30 @@ def command(
         raise click.UsageError(
             "--compare adds lines, which would not go with --json: compare its output later"
         )
-    if job.writes or (verifies and not verify_only):
-        bdev.check(job.offset, job.bs, write=True)
-        if not yes:
-            _ask(bdev)
-    if verifies:
-        _verify(bdev, wait, timeout, job, verifies, verify_only)
-        return
     before = None if earlier is None else report.Earlier.load(earlier)
     draw = None if plot is None else report.plotter(plot)
+    with spec.attach(depth=None if verifies or job.bs > SMALL_BYTES else job.iodepth) as controller:
+        bdev = choose(controller, disk_name)
+        if job.writes or (verifies and not verify_only):
+            bdev.check(job.offset, job.bs, write=True)
+            if not yes:
+                _ask(bdev)
+        if verifies:
+            _verify(bdev, wait, spec.timeout, job, verifies, verify_only)
+        else:
+            _measure(bdev, wait, spec.timeout, job, numjobs, as_json, before, draw)
+
+
+def _measure(
+    bdev: Bdev,
+    wait: Wait,
+    timeout: float,
+    job: bench.Job,
+    numjobs: int,
+    as_json: bool,
+    before: report.Earlier | None,
+    draw: report.Plotter | None,
+) -> None:
     history: report.History = []
     with report.live(job.ramp, job.runtime) as tell:
 

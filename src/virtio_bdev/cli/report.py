@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from virtio_bdev import Bdev
 
 History = list[tuple[float, int]]  # seconds since the start, requests a second until then
+Plotter = Callable[[str, list[Result], History], None]
 
 _SHOWN = (50, 99, 99.9)  # percentiles
 _MOST_BYTES = 64 << 20  # of an earlier result
@@ -137,7 +138,7 @@ def _by(now: float, then: float) -> str:
     return f"x{now / then:.2f}" if then else "x?"
 
 
-def plotter(path: Path) -> Callable[[str, list[Result], History], None]:
+def plotter(path: Path) -> Plotter:
     """What draws latencies, and the rate over time, into a file; raises ClickException if nothing can."""
     if path.suffix not in (".svg", ".png"):
         raise click.ClickException(f"{path}: want a name that ends with .svg or .png")
