@@ -19,9 +19,9 @@ class RingFormat(NamedTuple):
         """Offsets of the driver's area, of the device's and of the end; the descriptors are at 0 (2.6)."""
         return packed.areas(size) if self.packed else split.areas(size, self.align)
 
-    def room(self, size: int) -> tuple[range, range]:
+    def room(self, size: int, event_idx: bool) -> tuple[range, range]:
         """What is left of the cache lines of the driver's area and of the device's, where each is but one."""
-        return (range(0), range(0)) if self.packed else split.room(size, self.align)
+        return (range(0), range(0)) if self.packed else split.room(size, event_idx, self.align)
 
     def lengths(self, size: int) -> tuple[int, int, int]:
         """Bytes of the descriptors, of the driver's area and of the device's."""

@@ -426,6 +426,8 @@ def _shape(
     table = _slot(layout).table
     stride = _up(table + (2 + segments) * 16, _LINE) if indirect else table
     first = form.areas(size)[2]
+    for _, response in _beside(size, layout, form, event_idx=False):  # which has the most
+        first = max(first, _up(response + layout.response, _LINE))
     if page != ONE_PAGE:
         stride = 1 << (stride - 1).bit_length()
         first = _up(first, stride)
@@ -437,20 +439,25 @@ def _shape(
     return first, stride, slots
 
 
-def _beside(size: int, layout: Layout, form: RingFormat) -> list[tuple[int, int]]:
-    """Where headers and responses fit in the cache lines that the two halves of a ring have anyway."""
-    heads, results = form.room(size)
-    if layout.result_bytes > 1:
-        return []
-    header = _up(layout.request, 8)
-    return [
-        (head, result)
-        for head, result in zip(
-            range(_up(heads.start, 8), heads.stop - header + 1, header),
-            range(results.start, results.stop - layout.response + 1, layout.response),
-            strict=False,
-        )
-    ]
+def _beside(size: int, layout: Layout, form: RingFormat, event_idx: bool) -> list[tuple[int, int]]:
+    """Where headers and results fit in the cache lines that the two halves of a ring have anyway.
+
+    Of each request that has room there the beginnings of its header and of its response, of which what
+    comes after the result may be behind the line.
+    """
+    heads, results = form.room(size, event_idx)
+    align = 4 if layout.request % 8 else 8
+    width = layout.result_offset + layout.result_bytes
+    head, response = heads.start, results.start
+    places: list[tuple[int, int]] = []
+    while True:
+        head = _up(head, align)
+        response += -(response + width) % layout.result_bytes
+        if head + layout.request > heads.stop or response + width > results.stop:
+            return places
+        places.append((head, response))
+        head += layout.request
+        response += layout.response
 
 
 class RequestQueue:
@@ -510,7 +517,8 @@ class RequestQueue:
         self._slots_at = memory.offset + first
         self._stride, self._payload_at, self._table_at = stride, within.payload, within.table
         beside = [
-            (memory.offset + head, memory.offset + result) for head, result in _beside(size, layout, form)
+            (memory.offset + head, memory.offset + response)
+            for head, response in _beside(size, layout, form, event_idx)
         ]
         own = (
             (base, base + within.response)
@@ -546,7 +554,7 @@ class RequestQueue:
         self._stop_owner = bytearray(4)
         self._stop = window(self._stop_owner)
         self._nothing = Task(Template(b""), memoryview(array("Q")), 1, 1)
-        fill(self._region, self._slots_at, 0, stride * slots)
+        fill(self._region, memory.offset + end, 0, first - end + stride * slots)
 
     def connect(self, doorbell: Doorbell) -> None:
         """How to notify the device from now on."""

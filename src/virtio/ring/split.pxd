@@ -19,7 +19,7 @@ from virtio.ring._mem cimport (
     window,
 )
 
-cdef size_t _DESC, _IDX, _RING, _ELEM
+cdef size_t _DESC, _IDX, _RING, _ELEM, _EVENT
 cdef uint16_t _NO_INTERRUPT, _NO_NOTIFY
 cdef int _EMPTY, _BROKEN
 

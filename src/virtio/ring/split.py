@@ -29,6 +29,7 @@ MAX_SIZE = 32768  # 2.7
 _DESC = 16  # size of struct virtq_desc (2.7.5)
 _IDX, _RING = 2, 4  # offsets in struct virtq_avail and virtq_used (2.7.6, 2.7.8)
 _ELEM = 8  # size of struct virtq_used_elem (2.7.8)
+_EVENT = 2  # size of used_event, and of avail_event
 _NO_INTERRUPT = 1  # VIRTQ_AVAIL_F_NO_INTERRUPT (2.7.6)
 _NO_NOTIFY = 1  # VIRTQ_USED_F_NO_NOTIFY (2.7.8)
 _EMPTY, _BROKEN = -1, -2
@@ -54,10 +55,17 @@ def areas(size: int, align: int = ALIGN) -> tuple[int, int, int]:
     return available, used, _up(used + _RING + _ELEM * size + 2, align)
 
 
-def room(size: int, align: int = ALIGN) -> tuple[range, range]:
-    """The bytes that are left in the cache line of each ring, where that has but one line; else none."""
+def room(size: int, event_idx: bool, align: int = ALIGN) -> tuple[range, range]:
+    """The bytes that are left in the cache line of each ring, where that has but one line; else none.
+
+    What EVENT_IDX has at the end of each ring (2.7.10) is left too, where that is not negotiated.
+    """
     available, used, _ = areas(size, align)
-    return _left(available, available + _RING + 2 * size + 2), _left(used, used + _RING + _ELEM * size + 2)
+    event = _EVENT if event_idx else 0
+    return (
+        _left(available, available + _RING + 2 * size + event),
+        _left(used, used + _RING + _ELEM * size + event),
+    )
 
 
 def _left(begin: int, end: int) -> range:
@@ -102,8 +110,9 @@ class SplitRing:
     def rewind(self) -> None:
         """Begin anew from index 0, for a device that was reset; descriptors stay as they are."""
         # No byte more: there may be headers and responses behind each.
-        fill(self._mem, self._avail, 0, _RING + 2 * self.size + 2)
-        fill(self._mem, self._used, 0, _RING + _ELEM * self.size + 2)
+        event = _EVENT if self.event_idx else 0
+        fill(self._mem, self._avail, 0, _RING + 2 * self.size + event)
+        fill(self._mem, self._used, 0, _RING + _ELEM * self.size + event)
         fill(self._given, 0, 0, self.size)
         self._avail_idx = self._published = self._used_idx = 0
         self.disarm()
