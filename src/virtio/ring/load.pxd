@@ -8,7 +8,7 @@ from virtio.ring._mem cimport Mem, fill, load_u64, store_u64, window
 from virtio.ring._os cimport ticks
 from virtio.ring.skew cimport Skew
 
-cdef uint64_t _LAST, _SEVERAL, _GAMMA, _FOREVER, _FRACTION
+cdef uint64_t _LAST, _SEVERAL, _GAMMA, _FOREVER, _FRACTION, _HELD
 cdef int _SUB_BITS, _EXACT, _BUCKETS
 
 
@@ -43,6 +43,9 @@ cdef class Load:
     cdef uint64_t _blocks, _runtime, _seed, _base, _ramp
     cdef bint _random, _entered, _fresh, _stopped
     cdef uint64_t _zero, _ns_of_tick
+    cdef object _took_owner
+    cdef Mem _took
+    cdef uint64_t _held
 
     @cython.locals(block=uint64_t)
     cpdef uint64_t offset(self, uint64_t number) noexcept nogil
@@ -55,3 +58,5 @@ cdef class Load:
     cpdef uint64_t pause(self, uint64_t started) noexcept nogil
     cpdef bint begin(self, uint64_t count) noexcept nogil
     cpdef void complete(self, uint64_t began, bint write) noexcept nogil
+    @cython.locals(index=uint64_t, took=uint64_t)
+    cpdef void settle(self) noexcept nogil

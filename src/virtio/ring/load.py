@@ -29,6 +29,7 @@ _BUCKETS = (64 - _EXACT << _SUB_BITS) + (1 << _EXACT)
 
 _SEVERAL = 4  # requests that make it worth while to look at the clock again
 
+_HELD = 64  # latencies that are known, and not recorded yet
 _FRACTION = 1 << 8  # of a tick, in which ticks are multiplied
 
 _GAMMA = 0x9E3779B97F4A7C15  # SplitMix64's step
@@ -186,6 +187,9 @@ class Load:
         # The system's clock waits for all loads before it reads the counter: 10 of a request's 300 ns.
         self._zero = ticks()
         self._ns_of_tick = (1_000_000_000 << 64) // (_FRACTION * tick_rate())
+        self._held = 0
+        self._took_owner = bytearray(8 * _HELD)  # latencies, in bits 1 to 63; in bit 0, whether of a write
+        self._took = window(self._took_owner)
         self._blocks = size // nbytes
         self._random = random
         self._runtime = min(runtime_ns, UNLIMITED)
@@ -266,16 +270,27 @@ class Load:
             self.deadline = self.begun + self._runtime
             self.latency.clear()
             self.written.clear()
+            self._held = 0
         if count == 0 and not self.paced:
             return True
         return self.now < self.deadline and not self._stopped
 
     def complete(self, began: int, write: bool) -> None:
-        """Count a request that was submitted at `began`, and has just been seen to be done."""
+        """Count a request that was submitted at `began`, and has just been seen to be done: in `settle`."""
         if not self._fresh:
             self.now = self._clock()
             self._fresh = True
-        if write:
-            self.written.record(self.now - began)
-        else:
-            self.latency.record(self.now - began)
+        if self._held == _HELD:
+            self.settle()
+        store_u64(self._took, 8 * self._held, (self.now - began) << 1 | write)
+        self._held += 1
+
+    def settle(self) -> None:
+        """Record what was completed: while the device is at work, and not before it is given more."""
+        for index in range(self._held):
+            took = load_u64(self._took, 8 * index)
+            if took & 1:
+                self.written.record(took >> 1)
+            else:
+                self.latency.record(took >> 1)
+        self._held = 0

@@ -38,7 +38,7 @@ cdef int32_t _EINPROGRESS
 cdef size_t _RECORD, _STATE, _KEY, _LENGTH, _OFF, _DATA, _TOKEN, _RESULT, _TIME, _OWNER, _CHANGES, _KIND
 cdef size_t _PATCH
 cdef uint32_t _FREE, _TASK, _SINGLE, _ENDED, _AWAITED, _NOBODY
-cdef uint32_t _CLOCK_EVERY, _ROUNDS, _EAGER
+cdef uint32_t _CLOCK_EVERY, _ROUNDS, _EAGER, _QUIET
 cdef uint64_t _MOMENT
 
 
@@ -127,7 +127,7 @@ cdef class RequestQueue:
     cpdef int run(self, Task task, uint64_t slice_ns, uint64_t spin_ns) noexcept
     @cython.locals(begun=uint64_t, busy=uint64_t, now=uint64_t, spins=uint32_t, rounds=uint32_t,
                    patience=uint64_t, filled=int, got=int, began=uint64_t, timed=bint, most=uint64_t,
-                   pause=uint64_t, slept=int)
+                   left=uint64_t, pause=uint64_t, slept=int, quiet=uint32_t, gathers=bint)
     cdef int _run(self, Task task, uint64_t slice_ns, uint64_t spin_ns) noexcept nogil
     @cython.locals(count=int, part=uint64_t, item=uint64_t, within=uint64_t, nbytes=uint64_t,
                    place=uint64_t, data=uint64_t, offset=uint64_t, slot=int, now=uint64_t)

@@ -95,6 +95,7 @@ _CLOCK_EVERY = 64  # spins between two looks at the clock
 # Spins before the first one that relaxes, some microseconds: a fast target answers sooner, and a look that
 # comes 40 to 140 cycles late costs more than it saves. Interpreted, to relax is to let others run.
 _EAGER = 1000 if cython.compiled else 64
+_QUIET = 16  # looks that found nothing: what the device had ready is all here
 _LINE = 64  # bytes of a cache line
 _MOMENT = 3000  # ns of spinning in any case, where several answers are due: to sleep takes as long
 _ROUNDS = 8  # rounds that moved something: each may copy megabytes
@@ -771,6 +772,8 @@ class RequestQueue:
             task.load.enter()
         with cython.nogil:
             reason = self._run(task, slice_ns, spin_ns)
+        if task.load is not None:
+            task.load.settle()
         if reason == _BROKEN:
             self.broken = True
         return reason
@@ -899,7 +902,9 @@ class RequestQueue:
         begun = now_ns()
         busy = begun  # when something last happened
         spins = 0
+        quiet = 0  # looks since something came
         rounds = 0
+        most = task._depth if task._depth < self.slots else self.slots
         began = 0  # the round, where that is wanted
         timed = task.load is not None and task.load.timed
         while True:
@@ -907,11 +912,16 @@ class RequestQueue:
                 began = ticks()
             if load_acquire_u32(self._stop, 0):
                 return _PAUSED if load_acquire_u32(self._stop, 0) == _PAUSE else _LOST
-            filled = self._fill(task)
+            # While the device has plenty to do, what comes in one go is answered in one go: the fewer moments
+            # at which both sides touch the rings, the sooner the last of these requests is back.
+            gathers = quiet < _QUIET and 4 * task.active > 3 * most
+            filled = 0 if gathers else self._fill(task)
             if self._publish():
                 self._doorbell.ring_unguarded()
             if filled < 0:
                 return _UNFIT
+            if task._mode == _LOADED:
+                task.load.settle()
             got = self._collect(task)
             if got < 0:
                 return _BROKEN
@@ -919,6 +929,8 @@ class RequestQueue:
                 return _FAULT
             if task.finished == task.total:
                 return _DONE
+            if got:
+                quiet = 0
             if filled or got:
                 if timed:
                     task.load.busy += ticks() - began
@@ -926,6 +938,9 @@ class RequestQueue:
                 rounds += 1
                 if rounds % _ROUNDS == 0 and now_ns() - begun > slice_ns:
                     return _TICK
+                continue
+            quiet += 1
+            if gathers:
                 continue
             if spins == 0:
                 busy = now_ns()
@@ -940,14 +955,14 @@ class RequestQueue:
                 if now - busy >= patience:
                     if now - begun >= slice_ns:
                         return _IDLE
-                    most = slice_ns - (now - begun)
-                    pause = most
+                    left = slice_ns - (now - begun)
+                    pause = left
                     if task.load is not None:
                         pause = task.load.pause(task.started)
-                        if pause > most:
-                            pause = most
+                        if pause > left:
+                            pause = left
                     slept = self._sleep(pause)
-                    if slept < 0 or (slept == 0 and pause == most):
+                    if slept < 0 or (slept == 0 and pause == left):
                         return _IDLE
                     spins = 0
                 elif now - begun > slice_ns:
