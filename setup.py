@@ -29,6 +29,8 @@ MODULES = [
     "virtio.ring.split",
     "virtio.ring.stats",
     "virtio.ring.submit",
+    "virtio.ring.task",
+    "virtio.ring.template",
 ]
 
 FAST = {

@@ -12,6 +12,8 @@ from tests.ring.peer import Peer
 from virtio.ring import requests
 from virtio.ring.doorbell import Doorbell
 from virtio.ring.region import Mapping, Pool, Region
+from virtio.ring.task import Task
+from virtio.ring.template import FROM_DEVICE, NO_DATA, OFFSET, TAG, TO_DEVICE, Patch, Template
 
 
 def traffic(seed: int, digest) -> None:
@@ -38,10 +40,10 @@ def traffic(seed: int, digest) -> None:
     )
     kicks = []
     queue.connect(Doorbell(call=lambda: kicks.append(1)))
-    patches = [requests.Patch(requests.TAG, 0, 8), requests.Patch(requests.OFFSET, 8, 8, True, 9)]
+    patches = [Patch(TAG, 0, 8), Patch(OFFSET, 8, 8, True, 9)]
     templates = [
-        requests.Template(rng.randbytes(layout.request), direction=direction, patches=patches)
-        for direction in (requests.FROM_DEVICE, requests.TO_DEVICE, requests.NO_DATA)
+        Template(rng.randbytes(layout.request), direction=direction, patches=patches)
+        for direction in (FROM_DEVICE, TO_DEVICE, NO_DATA)
     ]
     data = pool.take(segments * 1024)
     peer, seen, known = Peer(memory.view(), size), 0, []
@@ -71,7 +73,7 @@ def traffic(seed: int, digest) -> None:
             result = queue.arm()
             queue.disarm()
         digest.update(repr(result).encode())
-    task = requests.Task(templates[0], memoryview(array("Q", range(0, 99 * 512, 512))), 512, 512)
+    task = Task(templates[0], memoryview(array("Q", range(0, 99 * 512, 512))), 512, 512)
     digest.update(repr((queue.run(task, 1, 0), task.started, task.active)).encode())
     digest.update(region.view)
     region.close()

@@ -28,17 +28,10 @@ from virtio.errors import (
 from virtio.ring import eventfd
 from virtio.ring.buffer import Buffer
 from virtio.ring.lease import deadline_in
-from virtio.ring.requests import (
-    BOUNCED,
-    CONSTANT,
-    IN_PLACE,
-    LOADED,
-    Task,
-    Template,
-    first_bad_offset,
-)
 from virtio.ring.stats import OTHER, READ, WRITE
 from virtio.ring.submit import Submitter
+from virtio.ring.task import BOUNCED, CONSTANT, IN_PLACE, LOADED, Task, first_bad_offset
+from virtio.ring.template import Template
 from virtio.wire.scsi import compare_and_write
 
 if TYPE_CHECKING:

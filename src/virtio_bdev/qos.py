@@ -11,7 +11,7 @@ from virtio.errors import RequestError
 from virtio.ring.stats import READ, WRITE
 
 if TYPE_CHECKING:
-    from virtio.ring.requests import Task
+    from virtio.ring.task import Task
 
 _BURST_S = 0.05  # how much may be saved up
 _LOOK_S = 0.1  # until who waits looks again: the limits may be others by then

@@ -17,8 +17,8 @@ from virtio.errors import RequestError
 from virtio.ring import requests
 from virtio.ring._bits import mix
 from virtio.ring.load import UNLIMITED, Histogram, Load
-from virtio.ring.requests import LOADED, Task
 from virtio.ring.skew import Skew
+from virtio.ring.task import LOADED, Task
 
 NOTHING = memoryview(array("Q"))
 

@@ -19,7 +19,7 @@ from virtio.errors import ProtocolError, RequestTimeout, TransportError
 from virtio.ring import split
 from virtio.ring.doorbell import Doorbell
 from virtio.ring.region import Mapping, Region
-from virtio.ring.requests import Template
+from virtio.ring.template import Template
 from virtio.transport.base import RingAreas, negotiate
 from virtio.transport.pci import Pci
 from virtio.transport.windows import Line

@@ -7,16 +7,8 @@ import errno
 
 from virtio.errors import DeviceError, ProtocolError, RequestTimeout, TransportError, VirtioError
 from virtio.ring.lease import Lease
-from virtio.ring.requests import (
-    FROM_DEVICE,
-    NBYTES,
-    OFFSET,
-    TO_DEVICE,
-    Finished,
-    Layout,
-    Patch,
-    Template,
-)
+from virtio.ring.requests import Finished, Layout
+from virtio.ring.template import FROM_DEVICE, NBYTES, OFFSET, TO_DEVICE, Patch, Template
 from virtio.wire.blk import (
     ID_SIZE,
     SECTOR_SIZE,

@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from virtio.errors import DeviceError
-    from virtio.ring.requests import Finished, Template
+    from virtio.ring.requests import Finished
+    from virtio.ring.template import Template
 
 
 class Limits(NamedTuple):

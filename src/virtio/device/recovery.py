@@ -13,7 +13,8 @@ from typing import TypeAlias
 
 from virtio.errors import RequestTimeout
 from virtio.ring.lease import Lease, deadline_in
-from virtio.ring.requests import Layout, Template
+from virtio.ring.requests import Layout
+from virtio.ring.template import Template
 from virtio.wire.virtio_scsi import (
     RequestHeader,
     ResponseCode,

@@ -26,7 +26,6 @@ from virtio.ring.requests import (
     BROKEN,
     DONE,
     FAULT,
-    FROM_DEVICE,
     IDLE,
     LOST,
     PAUSED,
@@ -35,8 +34,9 @@ from virtio.ring.requests import (
     Finished,
     Kept,
     RequestQueue,
-    Task,
 )
+from virtio.ring.task import Task
+from virtio.ring.template import FROM_DEVICE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

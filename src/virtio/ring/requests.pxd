@@ -1,21 +1,19 @@
 """C types for requests.py; all code is there."""
 
 cimport cython
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from virtio.ring._mem cimport (
     Mem,
     copy,
     fill,
     load_acquire_u32,
-    load_i32,
     load_u8,
     load_u16,
     load_u32,
     load_u64,
     null,
     store_field,
-    store_i32,
     store_release_u32,
     store_u8,
     store_u16,
@@ -25,61 +23,20 @@ from virtio.ring._mem cimport (
 )
 from virtio.ring._os cimport now_ns, relax, sleep_on, ticks
 from virtio.ring.doorbell cimport Doorbell
-from virtio.ring.load cimport Load
 from virtio.ring.packed cimport PackedRing
 from virtio.ring.split cimport SplitRing
-from virtio.ring.stats cimport Stats
+from virtio.ring.task cimport Task
+from virtio.ring.template cimport Template
 
 cdef int _WRITES, _NO_DATA, _TO_DEVICE, _FROM_DEVICE, _OFFSET, _NBYTES, _CONSTANT, _BOUNCED, _LOADED
 cdef int _DONE, _TICK, _IDLE, _FAULT, _BROKEN, _LOST, _UNFIT, _PAUSED
 cdef uint32_t _STOP, _PAUSE
 cdef int _NEXT, _WRITE, _INDIRECT, _NOTHING, _RING_BROKEN, _FULL, _MISFIT
-cdef int32_t _EINPROGRESS
 cdef size_t _RECORD, _STATE, _KEY, _LENGTH, _OFF, _DATA, _TOKEN, _RESULT, _TIME, _OWNER, _CHANGES, _KIND
 cdef size_t _PATCH
 cdef uint32_t _FREE, _TASK, _SINGLE, _ENDED, _AWAITED, _NOBODY
 cdef uint32_t _CLOCK_EVERY, _ROUNDS, _EAGER, _QUIET
 cdef uint64_t _MOMENT
-
-
-@cython.locals(i=int64_t, offset=uint64_t)
-cdef int64_t _first_bad(Mem offsets, int64_t count, uint64_t last, uint64_t grid) noexcept nogil
-
-
-@cython.final
-cdef class Template:
-    cdef readonly uint32_t key, request_bytes, payload_bytes
-    cdef readonly uint64_t data_bytes
-    cdef readonly bint transfer, changes
-    cdef readonly int direction, kind
-    cdef object _bytes, _patches
-    cdef Mem _mem, _patch
-    cdef int _patch_count
-
-
-@cython.final
-cdef class Task:
-    cdef readonly Template template, other
-    cdef readonly Load load
-    cdef readonly Stats stats
-    cdef readonly bint counted
-    cdef public object throttle
-    cdef public uint64_t allowed
-    cdef readonly object buffers, status
-    cdef readonly object data_end
-    cdef readonly uint64_t item_bytes, part_bytes, parts, total, started, finished, active
-    cdef object _offsets_view, _user_view, _left_array, _cell_array
-    cdef dict _failed
-    cdef Mem _offsets, _user, _status, _left, _cells
-    cdef int _mode
-    cdef uint64_t _base, _depth, _apart
-    cdef object _again_array
-    cdef Mem _again
-    cdef uint32_t _free_cells, _again_count
-
-    @cython.locals(item=uint64_t, left=uint32_t)
-    cdef void _finish(self, uint64_t part, bint good) noexcept nogil
-    cdef void _count(self) noexcept nogil
 
 
 @cython.final

@@ -9,8 +9,8 @@ request is then two lines that pass between two cores, one each way.
 A *template* is one operation on one disk: the header's bytes and how to patch offset, length and
 tag into them. A *task* is many requests of one template, run without the GIL.
 
-The module is long because templates, tasks and slots are one compiled unit: what the loop touches of
-each of them is a field in C, not a call.
+The module is long because the loop and all that it does with slots are one compiled unit: what it
+touches of a template or a task is a field in C, not a call.
 
 The result field is poisoned before each submit: a device that completes a request without writing
 a status must not find an old success there.
@@ -18,32 +18,29 @@ a status must not find an old success there.
 
 from __future__ import annotations
 
-import errno
 import itertools
 from array import array
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cython
 
 from virtio.errors import RequestError
 from virtio.ring.format import SPLIT, RingFormat
-from virtio.ring.load import UNLIMITED
-from virtio.ring.stats import OTHER, READ, UNMAP, WRITE
+from virtio.ring.stats import WRITE
+from virtio.ring.task import BOUNCED, CONSTANT, LOADED
+from virtio.ring.template import FROM_DEVICE, NBYTES, NO_DATA, OFFSET, TO_DEVICE
 
 if not cython.compiled:
     from virtio.ring._mem import (
-        Mem,
         copy,
         fill,
         load_acquire_u32,
-        load_i32,
         load_u8,
         load_u16,
         load_u32,
         load_u64,
         null,
         store_field,
-        store_i32,
         store_release_u32,
         store_u8,
         store_u16,
@@ -53,35 +50,27 @@ if not cython.compiled:
     )
     from virtio.ring._os import now_ns, relax, sleep_on, ticks
     from virtio.ring.doorbell import Doorbell
+    from virtio.ring.task import Task
+    from virtio.ring.template import Template
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from virtio.ring.buffer import Buffer
-    from virtio.ring.load import Load
     from virtio.ring.region import Mapping
-    from virtio.ring.stats import Stats
 
-# Where a request's data is.
-NO_DATA, TO_DEVICE, FROM_DEVICE = 0, 1, 2
-# What a patch stores.
-OFFSET, NBYTES, TAG = 0, 1, 2
-# How a task finds the data of its parts: in place in the region, always the same bytes, through
-# bounce cells, or in cells of whose content nothing becomes (a load).
-IN_PLACE, CONSTANT, BOUNCED, LOADED = 0, 1, 2, 3
 # Why `run` came back.
 DONE, TICK, IDLE, FAULT, BROKEN, LOST, UNFIT, PAUSED = 0, 1, 2, 3, 4, 5, 6, 7
 
-_NO_DATA, _TO_DEVICE, _FROM_DEVICE = 0, 1, 2
+_NO_DATA, _TO_DEVICE, _FROM_DEVICE = NO_DATA, TO_DEVICE, FROM_DEVICE
 _WRITES = WRITE
-_OFFSET, _NBYTES = 0, 1
-_CONSTANT, _BOUNCED, _LOADED = 1, 2, 3
+_OFFSET, _NBYTES = OFFSET, NBYTES
+_CONSTANT, _BOUNCED, _LOADED = CONSTANT, BOUNCED, LOADED
 _DONE, _TICK, _IDLE, _FAULT, _BROKEN, _LOST, _UNFIT, _PAUSED = 0, 1, 2, 3, 4, 5, 6, 7
 _STOP, _PAUSE = 1, 2  # why a `run` is to come back
 _NEXT, _WRITE, _INDIRECT = 1, 2, 4
 _NOTHING, _RING_BROKEN = -1, -2
 _FULL, _MISFIT = -1, -2
-_EINPROGRESS = errno.EINPROGRESS
 
 # A slot's private record, and the states it goes through.
 _RECORD = 64
@@ -101,18 +90,6 @@ _MOMENT = 3000  # ns of spinning in any case, where several answers are due: to 
 _ROUNDS = 8  # rounds that moved something: each may copy megabytes
 
 ONE_PAGE = 1 << 62  # more than there is: memory in one piece for the device
-
-_keys = itertools.count(1)
-
-
-class Patch(NamedTuple):
-    """Store `source >> shift` in `width` bytes at `offset` of the header and payload."""
-
-    source: int
-    offset: int
-    width: int
-    big_endian: bool = False
-    shift: int = 0
 
 
 class Layout(NamedTuple):
@@ -159,216 +136,6 @@ class Kept:
             self._used = None
             for buffer in self._buffers:
                 buffer.let_go()
-
-
-class Template:
-    """One operation: header bytes, an inline payload that follows them, patches, direction.
-
-    The data is as long as the range it is for, unless `data_bytes` says how long it always is. `unmap`
-    says that it is counted as one.
-    """
-
-    def __init__(
-        self,
-        request: bytes,
-        *,
-        payload: bytes = b"",
-        direction: int = NO_DATA,
-        data_bytes: int = 0,
-        patches: Sequence[Patch] = (),
-        unmap: bool = False,
-    ) -> None:
-        if payload and direction != NO_DATA:
-            raise ValueError("a template has an inline payload or outside data, not both")
-        for patch in patches:
-            if not 0 <= patch.offset <= len(request) + len(payload) - patch.width:
-                raise ValueError(f"{patch} is outside of {len(request) + len(payload)} bytes")
-        self.key = next(_keys) & 0xFFFFFFFF
-        self.direction = direction
-        self.data_bytes = data_bytes
-        self.request_bytes = len(request)
-        self.payload_bytes = len(payload)
-        self._bytes = bytes(request + payload)
-        self._mem = window(self._bytes)
-        self.transfer = direction != NO_DATA and not data_bytes  # its data is that of the range
-        self.kind = OTHER
-        if unmap:
-            self.kind = UNMAP
-        elif self.transfer:
-            self.kind = READ if direction == FROM_DEVICE else WRITE
-        self.changes = bool(payload) or direction == TO_DEVICE  # the disk
-        self._patches = array("H", [field for patch in patches for field in patch])
-        self._patch = window(self._patches) if patches else null()
-        self._patch_count = len(patches)
-
-
-class Throttle(Protocol):
-    """What limits the rate of tasks."""
-
-    def admit(self, task: Task) -> float | None:
-        """Raise `task.allowed`; in how many seconds that may be done again, None if all is allowed."""
-
-
-class Task:
-    """`len(offsets)` items of `item_bytes` each, cut into parts of at most `part_bytes`.
-
-    `status` gets one negative errno an item: 0 when done, -EINPROGRESS until then. `base` is where
-    in the region the data is (IN_PLACE: item `i` at `base + i * item_bytes`; CONSTANT: always
-    there) or where `cells` cells of `part_bytes` are (BOUNCED, from and to `user`; LOADED).
-    At most `depth` parts are in flight. `buffers` are held as long as the device may touch them.
-
-    Where there is a `throttle`, it decides how many parts are `allowed`, from 0 on.
-
-    A LOADED one has the offsets of `load`, none of its own, items of one part, and no status; it
-    starts nothing more after the load's end, or the first error. `other` is its template of writes, if it
-    mixes them with reads; those have as many cells more, behind the others.
-    """
-
-    def __init__(
-        self,
-        template: Template,
-        offsets: memoryview,
-        item_bytes: int,
-        part_bytes: int,
-        *,
-        mode: int = IN_PLACE,
-        base: int = 0,
-        user: memoryview | None = None,
-        cells: int = 0,
-        depth: int = 1 << 16,
-        buffers: Sequence[Buffer] = (),
-        load: Load | None = None,
-        other: Template | None = None,
-        stats: Stats | None = None,
-    ) -> None:
-        items = len(offsets)
-        if mode == BOUNCED and user is None:
-            raise ValueError("a task with bounce cells and nothing to copy from or to")
-        if offsets.itemsize != 8 or not offsets.contiguous:
-            raise RequestError("offsets must be contiguous unsigned 64-bit integers")
-        if item_bytes <= 0 or part_bytes <= 0 or (mode >= BOUNCED and cells <= 0):
-            raise RequestError(f"a task of {item_bytes} bytes in parts of {part_bytes}")
-        if user is not None and user.nbytes < items * item_bytes:
-            raise RequestError(f"{user.nbytes} bytes for {items} items of {item_bytes}")
-        if (load is not None) != (mode == LOADED):
-            raise RequestError("a load, and the mode LOADED, need each other")
-        self.template = template
-        self.other = other or template  # what a load does where it does not read
-        self.load: Load = load  # type: ignore[assignment]  # None, but where `mode` is LOADED
-        self.stats: Stats = stats  # type: ignore[assignment]  # None, but where `counted`
-        self.counted = stats is not None and stats.on and load is None
-        self.throttle: Throttle | None = None
-        self.allowed = 1 << 62  # parts that may be started; a throttle raises it
-        self.buffers = tuple(buffers)
-        self.item_bytes, self.part_bytes = item_bytes, part_bytes
-        self.parts = -(-item_bytes // part_bytes)
-        self.total = items * self.parts if load is None else load.requests
-        self.started = self.finished = self.active = 0
-        self.status = array("i", [-_EINPROGRESS]) * items
-        one = template.data_bytes or part_bytes
-        moved = {IN_PLACE: items * item_bytes, CONSTANT: one}.get(mode, cells * part_bytes)
-        self.data_end = 0 if template.direction == NO_DATA else base + moved
-        self._failed: dict[int, int] = {}
-        self._apart = 0  # how far behind the cells of a load's reads those of its writes are
-        if load is not None and 0 < load.reads < 100:
-            self._apart = cells * part_bytes
-            self.data_end += self._apart
-        self._mode, self._base, self._depth = mode, base, depth
-        self._offsets_view, self._user_view = offsets, user
-        self._offsets = window(offsets) if items else null()
-        self._user = null() if user is None else window(user)
-        self._status = window(self.status) if items else null()
-        self._left_array = array("I", [self.parts]) * (items if self.parts > 1 else 0)
-        self._left = window(self._left_array) if self._left_array else null()
-        self._cell_array = array("Q", [base + cell * part_bytes for cell in range(cells)])
-        self._cells = window(self._cell_array) if cells else null()
-        self._free_cells = cells
-        self._again_array = array("Q")
-        self._again = null()
-        self._again_count = 0
-
-    def offset(self, part: int) -> int:
-        """The byte on the disk where a part begins."""
-        if self.load is not None:
-            return self.load.offset(part)
-        item = part // self.parts
-        return load_u64(self._offsets, 8 * item) + part % self.parts * self.part_bytes
-
-    def fail(self, part: int, code: int) -> bool:
-        """Count a part as failed with an errno; true if it is the first by offset of its item."""
-        if self.load is not None:
-            self.load.errors += 1
-            self.total = self.started
-            self._count()
-            return True
-        item = part // self.parts
-        first = part < self._failed.get(item, self.total)
-        if self.counted:
-            self.stats.failed += 1
-        if first:
-            self._failed[item] = part
-            self.status[item] = -code
-        self._finish(part, False)
-        return first
-
-    def succeed(self, part: int, began: int = 0) -> None:
-        """Count a part that came back with a fault as done, as it was none; a load does not time it.
-
-        `began` is as in `Finished`.
-        """
-        if self.load is not None:
-            self._count()
-            return
-        if self.counted:
-            nbytes = min(self.part_bytes, self.item_bytes - part % self.parts * self.part_bytes)
-            self.stats.count(self.template.kind, nbytes, began, ticks())
-        self._finish(part, True)
-
-    def pause(self) -> float | None:
-        """Seconds until a load goes on by itself; None where only an answer can make it."""
-        ns = UNLIMITED if self.load is None else self.load.pause(self.started)
-        return None if ns == UNLIMITED else ns / 1e9
-
-    def again(self, part: int) -> None:
-        """Send a part that came back with a fault once more; for parts of no load."""
-        self._again_array = self._again_array[: self._again_count] + array("Q", [part])
-        self._again = window(self._again_array)
-        self._again_count += 1
-        self.active -= 1
-
-    def _finish(self, part: int, good: bool) -> None:
-        """One part less to wait for; the last good part of an item makes its status 0."""
-        self._count()
-        if self.parts == 1:
-            if good:
-                store_i32(self._status, 4 * part, 0)
-            return
-        item = part // self.parts
-        left = load_u32(self._left, 4 * item) - 1
-        store_u32(self._left, 4 * item, left)
-        if left == 0 and load_i32(self._status, 4 * item) == -_EINPROGRESS:
-            store_i32(self._status, 4 * item, 0)
-
-    def _count(self) -> None:
-        self.finished += 1
-        self.active -= 1
-
-
-def first_bad_offset(offsets: memoryview, nbytes: int, grid: int, size: int) -> int:
-    """The index of the first of many byte offsets that is off the grid or ends past the disk.
-
-    -1 if there is none. `offsets` are contiguous unsigned 64-bit integers; `nbytes` <= `size`.
-    """
-    mem = window(offsets)
-    return _first_bad(mem, len(offsets), size - nbytes, grid)
-
-
-def _first_bad(offsets: Mem, count: int, last: int, grid: int) -> int:
-    for i in range(count):
-        offset = load_u64(offsets, 8 * i)
-        if offset > last or offset % grid:
-            return i
-    return -1
 
 
 def queue_bytes(
@@ -1304,7 +1071,8 @@ class RequestQueue:
         if task._mode == _LOADED:
             write = load_u16(self._records, record + _KIND) == _WRITES
             task.load.complete(load_u64(self._records, record + _TIME), write)
-            task._count()
+            task.finished += 1  # as `Task._count` does, but in another module that is a call
+            task.active -= 1
             return
         if task.counted:
             if self._now == 0:

@@ -13,8 +13,9 @@ if not cython.compiled:
     from virtio.ring._mem import load_acquire_u32, load_u16, load_u32, load_u64, store_u32, store_u64
     from virtio.ring._os import ticks
     from virtio.ring.buffer import Buffer
-    from virtio.ring.requests import RequestQueue, Template
+    from virtio.ring.requests import RequestQueue
     from virtio.ring.stats import Stats
+    from virtio.ring.template import Template
 
 if TYPE_CHECKING:
     from typing import TypeAlias
