@@ -832,7 +832,7 @@ def halves(bench):
 @pytest.mark.parametrize("size, beside", [(4, 3), (8, 0)])
 @pytest.mark.parametrize("event_idx", [False, True])
 def test_a_request_on_a_small_ring_is_one_cache_line_each_way(size, beside, event_idx):
-    """The header in that of the available ring, the status in that of the used one; others have their own."""
+    """SPL-1: the header in that of the available ring, the status in that of the used one; and in no area."""
     bench = Bench(size, event_idx=event_idx)
     data = bench.pool.take(512)
     for token in range(size):
@@ -853,6 +853,7 @@ def test_a_request_on_a_small_ring_is_one_cache_line_each_way(size, beside, even
 
 @pytest.mark.parametrize("event_idx", [False, True])
 def test_as_many_in_flight_as_a_small_ring_has_keep_apart_many_times_round(event_idx):
+    """SPL-1: from each other, and from what either side writes of the ring."""
     bench = Bench(4, event_idx=event_idx)
     chance = random.Random(1)
     data = bench.pool.take(4 * 512)
