@@ -133,8 +133,9 @@ def test_without_any_reset_what_the_device_has_is_waited_for():
                 assert model.names().count("connect") == 1
 
 
-def test_a_unit_that_is_not_reset_is_reset_with_its_device():
-    with backend("scsi") as model, channel(model, queues=1) as opened:
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_unit_that_is_not_reset_is_reset_with_its_device(depth):
+    with backend("scsi") as model, channel(model, queues=1, depth=depth) as opened:
         model.device.manage = lambda tmf: 11  # FUNCTION REJECTED
         content = fill(model)
         opened.bdev.reset()
@@ -192,9 +193,10 @@ def test_what_hangs_and_knows_no_reset_is_connected_to_again_with_other_memory(k
     ended(model, 2)
 
 
-def test_resets_rescans_and_a_call_share_one_queue():
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_resets_rescans_and_a_call_share_one_queue(depth):
     """Whoever borrows the queue waits for the call that a reset has only paused."""
-    with backend("scsi") as model, channel(model, queues=1, timeout=20) as opened:
+    with backend("scsi") as model, channel(model, queues=1, timeout=20, depth=depth) as opened:
         content = fill(model)
         controller = opened.bdev.controller
         stop, failures, batches = threading.Event(), [], []
