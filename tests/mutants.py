@@ -55,11 +55,12 @@ INIT, RING, PACKED_RING, USER, CLEAN, BLOCK, UNITS, RESET = (
     for name in ("init", "split_ring", "packed_ring", "vhost_user", "cleanup", "blk", "scsi", "reset")
 )
 EXPLAIN = "tests/device/test_explain.py"
-PCI, LEGACY_PCI, PCI_SPACE, BELL_TEST = (
+PCI, LEGACY_PCI, PCI_SPACE, BELL_TEST, SLOTS = (
     "tests/transport/test_pci.py",
     "tests/transport/test_pci_legacy.py",
     "tests/wire/test_pci.py",
     "tests/ring/test_doorbell.py",
+    "tests/ring/test_requests.py",
 )
 
 
@@ -371,6 +372,13 @@ MUTANTS = [
         "                    self.stop()\n",
         "                    pass\n",
     ),
+    Mutant(
+        "CLN-2",
+        f"{RESET}::test_what_the_device_had_is_sent_again_and_completes_once",
+        SPLIT,
+        "        fill(self._mem, self._avail, 0, _RING + 2 * self.size + 2)\n",
+        "        fill(self._mem, self._avail, 0, len(self._view) - self._avail)\n",
+    ),
     # The split ring
     Mutant(
         "SPL-1",
@@ -378,6 +386,20 @@ MUTANTS = [
         SPLIT,
         "    used = _up(available + _RING + 2 * size + 2, align)\n",
         "    used = _up(available + _RING + 2 * size + 2, align) + 2\n",
+    ),
+    Mutant(
+        "SPL-1",
+        f"{SLOTS}::test_a_request_on_a_small_ring_is_one_cache_line_each_way",
+        REQUESTS,
+        "heads.stop - header + 1, header)",
+        "heads.stop + 1, header)",
+    ),
+    Mutant(
+        "SPL-1",
+        f"{SLOTS}::test_as_many_in_flight_as_a_small_ring_has_keep_apart_many_times_round",
+        REQUESTS,
+        "range(results.start, results.stop",
+        "range(results.start - 1, results.stop",
     ),
     Mutant(
         "SPL-2",
@@ -446,7 +468,7 @@ MUTANTS = [
         "SPL-14",
         f"{RING}::test_a_request_that_comes_back_without_a_status_did_not_succeed",
         REQUESTS,
-        "            store_u8(self._region, base + self._result_at, 0xFF)\n",
+        "            store_u8(self._region, self._response(slot) + self._result_at, 0xFF)\n",
         "            pass\n",
     ),
     Mutant(

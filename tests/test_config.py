@@ -35,7 +35,9 @@ def specs(config):
 
 
 def test_a_spec_has_what_attach_takes_with_the_same_defaults():
-    parameters = inspect.signature(virtio_bdev.attach).parameters
+    """But for the depth, which is not of the disk but of those who use it."""
+    parameters = dict(inspect.signature(virtio_bdev.attach).parameters)
+    assert parameters.pop("depth").default is None
     assert [each.name for each in fields(BdevSpec)] == list(parameters)
     spec = BdevSpec(address="user:x")
     assert all(p.default in (p.empty, getattr(spec, name)) for name, p in parameters.items())
@@ -49,6 +51,8 @@ def test_a_spec_attaches():
         with spec.attach() as controller:
             assert list(controller) == ["Fast0"]
             assert (len(controller.device.leases), controller.device.queue_size) == (2, 16)
+        with BdevSpec(address=target.address, dev_type="blk").attach(depth=5) as controller:
+            assert controller.device.queue_size == 8
 
 
 def test_the_file_of_the_original_module_is_read_as_it_stands(parse):

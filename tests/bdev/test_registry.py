@@ -106,6 +106,7 @@ def test_queues_are_as_many_as_asked_or_cores_or_an_error():
         ("user:/x", {"dev_type": "nvme"}, "want one of blk, scsi"),
         ("user:/x", {"queues": 0}, "queues 0, want 1 or more"),
         ("user:/x", {"queue_size": 100}, "queue_size 100, want a power of two"),
+        ("user:/x", {"depth": 0}, "depth 0, want 1 or more"),
         ("user:/x", {"timeout": 0}, "timeout 0"),
         ("user:/x", {"name": ""}, "the name '' is empty"),
     ],

@@ -14,6 +14,8 @@ import pytest
 from click import ClickException
 
 from tests import needs
+from tests.model import Backend, Blk
+from tests.model.blk import BlkFeature, Type
 from virtio.ring.load import Histogram
 from virtio.target import serve
 from virtio_bdev.bench import Job, Result
@@ -48,7 +50,7 @@ def disk():
 
 def bench(target, *options, code=MAIN, kind="blk", **how):
     """Run it on a target; exit status, standard output and standard error."""
-    command = [sys.executable, "-c", code, "bench", target.address, f"--dev-type={kind}", *options]
+    command = [sys.executable, "-c", code, "bench", target.address, f"--dev-type={kind}", *map(str, options)]
     how.setdefault("stdin", subprocess.DEVNULL)
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, **how)
     return done.returncode, done.stdout, done.stderr
@@ -191,6 +193,59 @@ def test_what_cannot_be_is_one_line(disk, options, status, words):
     got, out, err = bench(disk, *options)
     assert (got, out) == (status, "")
     assert words in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--verify-only"], "--verify-only wants --verify and the --seed"),
+        (["--verify", "crc", "--numjobs", "2"], "measures nothing: --numjobs does not go with it"),
+        (["--compare", __file__, "--json"], "--compare adds lines"),
+    ],
+)
+def test_a_usage_error_is_told_before_anything_is_attached(tmp_path, options, words):
+    nowhere = SimpleNamespace(address=f"user:{tmp_path}/none")
+    status, out, err = bench(nowhere, *options)
+    assert (status, out) == (2, "") and words in err and "no such socket" not in err
+    status, _, err = bench(nowhere)
+    assert status == 1 and "there is no such socket" in err
+
+
+@pytest.mark.parametrize("kind", ["blk", "scsi"])
+@pytest.mark.parametrize(
+    "options, size",
+    [
+        (["--iodepth", "1"], 4),
+        (["--iodepth", "4", "--bs", "64k"], 4),
+        (["--iodepth", "5"], 8),
+        ([], 32),
+        (["--iodepth", "1", "--bs", "128k"], 256),
+        (["--iodepth", "1", "--queue-size", "64"], 64),
+    ],
+)
+def test_queues_are_as_small_as_the_iodepth_allows_unless_their_size_is_given(kind, options, size):
+    with serve(kind, "ram:1M", queues=2) as target:
+        status, out, err = bench(target, *options, "--runtime", "0.1", "--queues", "1", "-v", kind=kind)
+    assert status == 0 and f"{kind.capitalize()}0" in out
+    asked = re.findall(r"> SET_VRING_NUM index=\d+ num=(\d+)", err)
+    assert asked and {int(num) for num in asked} == {size}
+
+
+def test_verifying_has_queues_of_the_usual_size(disk):
+    _, out, err = bench(disk, "--verify", "crc", "--yes", "-v")
+    assert " verified" in out and set(re.findall(r"> SET_VRING_NUM index=\d+ num=(\d+)", err)) == {"256"}
+
+
+@pytest.mark.parametrize(
+    "bs, size_max, queue_size", [(1 << 20, 128 << 10, 256), (64 << 10, 4096, 32), (64 << 10, 32 << 10, 4)]
+)
+def test_a_request_in_several_segments_is_still_one_at_an_iodepth_of_one(bs, size_max, queue_size):
+    with Backend(Blk(size_max=size_max)) as model:
+        model.device.features |= BlkFeature.SIZE_MAX
+        status, _, err = bench(model, "--bs", bs, "--iodepth", "1", "--runtime", "0.1", "--queues", "1")
+        assert (status, err) == (0, "")
+        assert model.values("SET_VRING_NUM") == [(0, queue_size)]
+        assert {r.nbytes for r in model.device.requests if r.type == Type.IN} == {bs}
 
 
 def test_ctrl_c_exits_130_and_leaves_the_disk_to_the_next(disk):

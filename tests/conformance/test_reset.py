@@ -18,6 +18,7 @@ RESETS = {
     "STATUS alone": PROTOCOL_FEATURES & ~P.RESET_DEVICE,
     "RESET_DEVICE alone": PROTOCOL_FEATURES & ~P.STATUS,
 }
+DEPTHS = [None, 1]  # queues of 256, and of 4, beside which headers and responses are
 
 
 def held(model):
@@ -39,13 +40,17 @@ def first_requests(model, most):
 
 @pytest.mark.parametrize("features", RESETS.values(), ids=RESETS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_the_device_had_is_sent_again_and_completes_once(kind, features):
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_what_the_device_had_is_sent_again_and_completes_once(kind, features, depth):
     """RST-1, CLN-2, VHU-22: the model looks at every message, and forgets what it was given."""
-    with backend(kind, protocol_features=features) as model, channel(model, queues=2) as opened:
+    with (
+        backend(kind, protocol_features=features) as model,
+        channel(model, queues=2, depth=depth) as opened,
+    ):
         content = fill(model)
         offsets = array("Q", random.Random(1).sample(range(0, 1 << 20, 512), 300))
         into = bytearray(300 * 512)
-        model.options.hold = first_requests(model, 20)
+        model.options.hold = first_requests(model, min(20, opened.queue.slots))
         failures = []
 
         def read():
@@ -56,7 +61,7 @@ def test_what_the_device_had_is_sent_again_and_completes_once(kind, features):
 
         reader = threading.Thread(target=read)
         reader.start()
-        assert model.wait_for(lambda: len(held(model)) >= 10)
+        assert model.wait_for(lambda: len(held(model)) >= min(10, opened.queue.slots))
         opened.bdev.controller.device.restart()
         reader.join(10)
         assert not reader.is_alive() and failures == []
@@ -69,28 +74,31 @@ def test_what_the_device_had_is_sent_again_and_completes_once(kind, features):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_requests_one_by_one_are_sent_again_too(kind):
-    with backend(kind) as model, channel(model, queues=1) as opened:
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_requests_one_by_one_are_sent_again_too(kind, depth):
+    with backend(kind) as model, channel(model, queues=1, depth=depth) as opened:
         content = fill(model)
         controller = opened.bdev.controller
-        with controller.buffer(16 * 512) as buffer:
-            model.options.hold = first_requests(model, 16)
-            for token in range(16):
+        count = min(16, opened.queue.slots)
+        with controller.buffer(count * 512) as buffer:
+            model.options.hold = first_requests(model, count)
+            for token in range(count):
                 assert opened.submit_read(token * 512, buffer, token, at=token * 512, nbytes=512)
             opened.kick()
-            assert model.wait_for(lambda: len(held(model)) == 16)
+            assert model.wait_for(lambda: len(held(model)) == count)
             controller.device.restart()
             done, deadline = [], time.monotonic() + 5
-            while len(done) < 16 and time.monotonic() < deadline:
+            while len(done) < count and time.monotonic() < deadline:
                 done += opened.poll()
-            assert sorted(done) == [(token, None) for token in range(16)]
-            assert buffer.view() == content[: 16 * 512] and buffer.busy == 0
+            assert sorted(done) == [(token, None) for token in range(count)]
+            assert buffer.view() == content[: count * 512] and buffer.busy == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_reset_ends_what_was_given_up(kind):
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_reset_ends_what_was_given_up(kind, depth):
     """CLN-2: its memory comes back, and the late answer never."""
-    with backend(kind) as model, channel(model, queues=1, timeout=0.2) as opened:
+    with backend(kind) as model, channel(model, queues=1, timeout=0.2, depth=depth) as opened:
         model.options.hold = lambda chain: chain.ring.index >= model.device.first_queue
         with pytest.raises(RequestTimeout):
             opened.write(0, bytes(4096))
@@ -125,8 +133,9 @@ def test_without_any_reset_what_the_device_has_is_waited_for():
                 assert model.names().count("connect") == 1
 
 
-def test_a_unit_that_is_not_reset_is_reset_with_its_device():
-    with backend("scsi") as model, channel(model, queues=1) as opened:
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_unit_that_is_not_reset_is_reset_with_its_device(depth):
+    with backend("scsi") as model, channel(model, queues=1, depth=depth) as opened:
         model.device.manage = lambda tmf: 11  # FUNCTION REJECTED
         content = fill(model)
         opened.bdev.reset()
@@ -184,9 +193,10 @@ def test_what_hangs_and_knows_no_reset_is_connected_to_again_with_other_memory(k
     ended(model, 2)
 
 
-def test_resets_rescans_and_a_call_share_one_queue():
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_resets_rescans_and_a_call_share_one_queue(depth):
     """Whoever borrows the queue waits for the call that a reset has only paused."""
-    with backend("scsi") as model, channel(model, queues=1, timeout=20) as opened:
+    with backend("scsi") as model, channel(model, queues=1, timeout=20, depth=depth) as opened:
         content = fill(model)
         controller = opened.bdev.controller
         stop, failures, batches = threading.Event(), [], []

@@ -163,15 +163,17 @@ def test_every_unit_is_addressed_in_the_flat_form(lun):
 
 
 @pytest.mark.parametrize("size", [16, 100, 4096])
-def test_event_buffers_are_as_large_as_events_and_never_run_out(size):
+@pytest.mark.parametrize("depth, buffers", [(None, BUFFERS), (1, 4)])
+def test_event_buffers_are_as_large_as_events_and_never_run_out(size, depth, buffers):
     """SCS-5, SCS-6: the model looks at every buffer; more events than there are buffers."""
-    with Backend(Scsi(features=EVENTS, event_info_size=size)) as model, connect(model) as controller:
+    disk = Scsi(features=EVENTS, event_info_size=size)
+    with Backend(disk) as model, connect(model, depth=depth) as controller:
         device = model.device
-        assert model.wait_for(lambda: len(device.events) == BUFFERS)
-        for _ in range(3 * BUFFERS):
+        assert model.wait_for(lambda: len(device.events) == buffers)
+        for _ in range(3 * buffers):
             assert model.wait_for(lambda: device.events), "SCS-5: no buffer left"
             model.do(lambda: device.post(NO_EVENT, bytes(8)))
-        assert model.wait_for(lambda: len(device.events) == BUFFERS), "SCS-5: buffers were not given back"
+        assert model.wait_for(lambda: len(device.events) == buffers), "SCS-5: buffers were not given back"
         assert len(controller) == 1
 
 

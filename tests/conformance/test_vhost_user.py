@@ -596,6 +596,61 @@ def test_a_queue_size_that_is_refused_is_tried_once_more_smaller(kind):
         assert sizes == {256, 128}, f"VHU-3: sizes {sizes}"
 
 
+def sizes(model: Backend) -> set[int]:
+    """Of all rings that were set up, or were to be."""
+    return {num for _, num in model.values("SET_VRING_NUM")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("features", [RING_FEATURES, RING_FEATURES & ~F.EVENT_IDX], ids=["events", "flags"])
+@pytest.mark.parametrize("depth, size", [(1, 4), (3, 4), (4, 4), (5, 8), (128, 128), (129, 256), (1000, 256)])
+def test_a_queue_is_as_small_as_a_depth_allows(kind, features, depth, size):
+    """SPL-7: but large enough for a request of 64 KiB; and everything works, of any length."""
+    with backend(kind, features=features) as model, channel(model, depth=depth, queues=1) as opened:
+        assert sizes(model) == {size}
+        exercise(model, opened)
+
+
+def test_a_queue_for_a_depth_holds_64_kib_in_as_many_pieces_as_the_device_wants():
+    """SPL-7, BLK-17: 128 of 512 bytes, beside header and status."""
+    for size_max, size in ((512, 256), (1024, 128), (4096, 32), (32768, 4)):
+        disk = Blk(size_max=size_max, seg_max=254)
+        disk.features |= 1 << 1
+        with Backend(disk) as model, channel(model, depth=1, queues=1) as opened:
+            assert sizes(model) == {size}
+            content = fill(model)
+            before = model.rings[0].taken
+            assert opened.read(4096, 64 << 10) == content[4096 : 68 << 10]
+            assert model.rings[0].taken == before + 1, "64 KiB are no longer one request"
+            exercise(model, opened)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_descriptors_are_direct_a_depth_changes_nothing(kind):
+    """A request of several segments would take the whole of a small ring."""
+    with backend(kind, features=RING_FEATURES & ~F.INDIRECT_DESC) as model:
+        with channel(model, depth=1, queues=1) as opened:
+            assert sizes(model) == {256}
+            exercise(model, opened)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_queue_size_that_was_asked_for_is_no_less_for_a_depth(kind):
+    with backend(kind) as model, channel(model, depth=1, queue_size=64, queues=1) as opened:
+        assert sizes(model) == {64}
+        exercise(model, opened)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_queue_for_a_depth_that_is_refused_as_too_small_has_a_usual_size_then(kind):
+    """VHU-3: the back end closes the connection at SET_VRING_NUM; the next one gets 128."""
+    with backend(kind, min_queue_size=64) as model:
+        with channel(model, depth=1, queues=1) as opened:
+            exercise(model, opened)
+        asked = [num for _, num in model.values("SET_VRING_NUM")]
+        assert asked[0] == 4 and set(asked[1:]) == {128}, f"VHU-3: sizes {asked}"
+
+
 def test_one_front_end_after_another_and_two_back_ends_at_once():
     """VHU-6, VHU-27."""
     with backend("blk") as one, Backend(device("scsi")) as two:

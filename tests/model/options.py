@@ -28,6 +28,7 @@ class Options:
     queue_num: int = 4
     """What GET_QUEUE_NUM reports; also the most rings that may be set up."""
     max_queue_size: int = 1024
+    min_queue_size: int = 1
     max_mem_slots: int = 8
 
     # The conversation.

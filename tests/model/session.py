@@ -591,7 +591,7 @@ class Session:
         ring = self._ring(index, "SET_VRING_NUM")
         if not 0 < num <= 32768 or num & (num - 1):
             self.violate("SPL-7", f"ring {index} of {num} is not a power of two up to 32768")
-        if num > self.options.max_queue_size:
+        if not self.options.min_queue_size <= num <= self.options.max_queue_size:
             raise Lost(f"a ring of {num}")
         ring.size = num
 

@@ -348,6 +348,43 @@ def test_queues_are_as_large_as_the_device_takes(tmp_path, kind, size):
                 exercise(next(iter(controller.values())), path)
 
 
+@pytest.mark.parametrize("depth, size, in_pages", [(1, 4, 32), (5, 8, 32), (1000, 256, 256)])
+@pytest.mark.parametrize("variant", ["modern", "event_idx=off", "packed", "indirect_desc=off"])
+@kinds
+def test_queues_for_a_depth_are_no_larger(tmp_path, kind, variant, depth, size, in_pages):
+    """In pages of 4 KiB, 64 KiB are 17 pieces; with direct descriptors a depth changes nothing."""
+    path = image(tmp_path / "disk")
+    options = VARIANTS[variant] + f",{'queue-size' if kind == 'blk' else 'virtqueue_size'}=256"
+    with Machine(QEMU, *device(kind, path, options)) as machine:
+        for wanted, shift in ((size, None), (in_pages, 12)):
+            windows = machine.windows(SLOT)
+            windows.shift = shift or windows.shift
+            pool_bytes = 64 * MIB if shift is None else 16 * MIB
+            with attached(machine, kind, windows=windows, depth=depth, pool_bytes=pool_bytes) as controller:
+                (bdev,) = controller.values()
+                assert controller.device.queue_size == (wanted if controller.device.indirect else 256)
+                for wait in ("event", "poll"):
+                    exercise(bdev, path, wait=wait)
+                many(bdev, path)
+
+
+def many(bdev, path):
+    """Write sectors at random places, in one call, and read them again."""
+    content = bytearray(path.read_bytes())
+    chance = random.Random(3)
+    places = [512 * number for number in chance.sample(range(len(content) // 512), 200)]
+    data = chance.randbytes(512 * len(places))
+    for number, place in enumerate(places):
+        content[place : place + 512] = data[512 * number :][:512]
+    with bdev.open(timeout=10) as channel:
+        channel.write_batch(array("Q", places), 512, data).raise_for_status()
+        channel.flush()
+        assert path.read_bytes() == content
+        into = bytearray(len(data))
+        channel.read_batch(array("Q", places), 512, into).raise_for_status()
+        assert into == data
+
+
 @kinds
 def test_blocks_of_4096_bytes(tmp_path, kind):
     path = image(tmp_path / "disk")

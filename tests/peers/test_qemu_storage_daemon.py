@@ -780,7 +780,7 @@ def test_a_disk_of_4096_byte_blocks_has_a_grid_of_4096(serve, image, folder):
     assert sha256(copy) == sha256(image)
 
 
-@pytest.mark.parametrize("queue_size", [64, 256, 1024])
+@pytest.mark.parametrize("queue_size", [4, 8, 64, 256, 1024])
 @pytest.mark.parametrize("queues", [1, 2, 3, 4])
 def test_queues_of_any_number_and_size_move_the_right_bytes(daemon, image, queues, queue_size):
     content = image.read_bytes()

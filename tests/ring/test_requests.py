@@ -1,6 +1,7 @@
 """The request queue against a device that is told byte by byte what to do."""
 
 import errno
+import random
 import struct
 import threading
 import time
@@ -9,9 +10,11 @@ from array import array
 import pytest
 
 from tests.ring.peer import Peer
+from virtio.device import dialogue
 from virtio.errors import RequestError
 from virtio.ring import requests, split
 from virtio.ring.doorbell import Doorbell
+from virtio.ring.format import LEGACY, PACKED, SPLIT
 from virtio.ring.region import Mapping, Pool, Region
 from virtio.ring.requests import Kept, Layout, RequestQueue, most_segments, queue_bytes
 from virtio.ring.stats import READ as READ_KIND, Stats
@@ -22,6 +25,7 @@ IOVA = 1 << 32
 SCSI_MASK = 0xFFFF_0000_FFFF_FFFF  # all of it but the status qualifier
 BLK = Layout(16, 16, 1, 0, 0xFF, response_first=False)
 SCSI = Layout(51, 0, 108, 4, SCSI_MASK, response_first=True)
+WIDE = Layout(16, 0, 8, 0, SCSI_MASK, response_first=True)  # small enough to lie anywhere
 SECTOR = Patch(OFFSET, 8, 8, shift=9)
 NEXT, WRITE, INDIRECT = 1, 2, 4
 
@@ -34,8 +38,9 @@ class Bench:
         self.pool = Pool(self.region)
         segments = more.get("segments", 1)
         mapping = table or Mapping.contiguous(IOVA)
-        nbytes = queue_bytes(size, layout, segments, indirect, page=1 << mapping.shift)
-        memory = self.pool.take(nbytes)
+        form = more.get("form", SPLIT)
+        nbytes = queue_bytes(size, layout, segments, indirect, form=form, page=1 << mapping.shift)
+        self.memory = memory = self.pool.take(nbytes)
         self.queue = RequestQueue(
             memory,
             self.region.view,
@@ -235,7 +240,8 @@ def straddles(place, nbytes, shift):
 @pytest.mark.parametrize("indirect", [True, False])
 @pytest.mark.parametrize("layout", [BLK, SCSI], ids=["blk", "scsi"])
 @pytest.mark.parametrize(
-    "shift, size, segments", [(12, 64, 100), (12, 128, 1), (21, 1024, 126), (21, 256, 300)]
+    "shift, size, segments",
+    [(12, 4, 2), (12, 8, 1), (12, 64, 100), (12, 128, 1), (21, 4, 1), (21, 1024, 126), (21, 256, 300)],
 )
 def test_no_descriptor_straddles_two_pages(layout, shift, size, segments, indirect):
     """The device has pages in no order: what goes on past the end of one is somebody else's memory."""
@@ -267,7 +273,8 @@ def test_no_descriptor_straddles_two_pages(layout, shift, size, segments, indire
     data = pool.take((segments - 1) * 4096 if segments > 1 else 512)
     command = Template(bytes(layout.request), payload=bytes(layout.payload))
     peer = Peer(memory.view(), size)
-    places = []
+    ring = [(0, 16 * size), (peer.available, 6 + 2 * size), (peer.used, 6 + 8 * size)]
+    places = [(memory.offset + at, length) for at, length in ring]
     for slot in range(queue.slots):
         template, moved = (READ, data.nbytes) if slot % 2 else (command, 0)
         assert queue.submit(template, 0, moved, data.offset, slot)
@@ -745,3 +752,231 @@ def test_what_was_back_when_the_device_was_reset_is_not_slept_through():
     assert not bench.queue.arm()
     assert [f.token for f in bench.queue.poll(9, 3)] == [1]
     assert bench.queue.arm() and bench.queue.in_flight == 1  # the other is with the device again
+
+
+# Where a request's parts are.
+
+
+def spans(bench, head):
+    """Of a request's header, of what is between, and of its response: places in the queue's memory."""
+    start = IOVA + bench.memory.offset
+    header, *between, response = (
+        range(address - start, address - start + length) for address, length, _ in bench.chain(head)
+    )
+    return header, between, response
+
+
+def lines(span):
+    """The cache lines that it touches."""
+    return {byte // 64 for byte in span}
+
+
+def apart(spans):
+    every = [byte for span in spans for byte in span]
+    return len(every) == len(set(every))
+
+
+def halves(bench):
+    """The two halves of a split ring."""
+    peer = bench.peer
+    return [
+        range(peer.available, peer.available + 6 + 2 * peer.size),
+        range(peer.used, peer.used + 6 + 8 * peer.size),
+    ]
+
+
+@pytest.mark.parametrize("size, beside", [(4, 3), (8, 0)])
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_a_request_on_a_small_ring_is_one_cache_line_each_way(size, beside, event_idx):
+    """SPL-1: the header in that of the available ring, the status in that of the used one; and in no area."""
+    bench = Bench(size, event_idx=event_idx)
+    data = bench.pool.take(512)
+    for token in range(size):
+        assert bench.queue.submit(READ, 0, 512, data.offset, token)
+    bench.queue.kick()
+    available, used = halves(bench)
+    found = [spans(bench, head) for head in bench.arrivals()]
+    for header, _, status in found[:beside]:
+        assert lines(header) == lines(available) and lines(status) == lines(used)
+    ring_end = split.areas(size)[2] // 64
+    for header, _, status in found[beside:]:
+        assert lines(header) == lines(status) and len(lines(header)) == 1 and min(lines(header)) >= ring_end
+    own = [lines(header) for header, _, _ in found[beside:]]
+    assert apart(own)
+    parts = [span for header, _, status in found for span in (header, status)]
+    assert len(found) == size and apart([range(16 * size), available, used, *parts])
+
+
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_as_many_in_flight_as_a_small_ring_has_keep_apart_many_times_round(event_idx):
+    """SPL-1: from each other, and from what either side writes of the ring."""
+    bench = Bench(4, event_idx=event_idx)
+    chance = random.Random(1)
+    data = bench.pool.take(4 * 512)
+    for turn in range(50):
+        sectors = chance.sample(range(1 << 40), 4)
+        for token, sector in enumerate(sectors):
+            assert bench.queue.submit(READ, sector * 512, 512, data.offset + 512 * token, token)
+        assert not bench.queue.submit(READ, 0, 512, data.offset, 4)
+        for at in range(4):  # that are on the ring, unseen: each has had a status of 0 before
+            (status,) = spans(bench, bench.peer.head(bench.seen + at))[2]
+            assert bench.memory.view()[status] == 0xFF, turn
+        assert bench.arrivals() == []
+        bench.queue.kick()
+        bench.queue.arm()  # which writes used_event, or flags, before the headers
+        bench.peer.set_used_flags(0)
+        bench.peer.set_avail_event(bench.peer.avail_idx)  # before the statuses
+        heads = bench.arrivals()
+        assert len(heads) == 4
+        for head in chance.sample(heads, 4):
+            header, body, _ = bench.chain(head)
+            token = (body[0] - IOVA - data.offset) // 512
+            # type IN, reserved, sector
+            want = b"\0\0\0\0" + b"\0\0\0\0" + struct.pack("<Q", sectors[token])
+            assert bytes(bench.at(header[0], 16)) == want
+            bench.answer(head, b"\0", struct.pack("<Q", sectors[token]) * 64)
+        bench.peer.set_avail_event(0xA5A5)  # whatever the device likes
+        finished = bench.queue.poll()
+        assert sorted((f.token, f.result) for f in finished) == [(token, 0) for token in range(4)]
+        assert bytes(data.view()) == b"".join(struct.pack("<Q", sector) * 64 for sector in sectors)
+    assert bench.peer.avail_idx == 200
+
+
+def test_each_status_beside_a_small_ring_is_that_of_its_own_request():
+    bench = Bench(4)
+    data = bench.pool.take(512)
+    for turn in range(8):
+        for token in range(4):
+            bench.queue.submit(READ, 0, 512, data.offset, token)
+        bench.queue.kick()
+        heads = bench.arrivals()
+        bench.answer(heads[turn % 4], b"\1")
+        bench.peer.use(heads[(turn + 1) % 4], 513)  # without a status
+        for step in (2, 3):
+            bench.answer(heads[(turn + step) % 4], b"\0")
+        results = {f.token: (f.result, f.response) for f in bench.queue.poll()}
+        first = turn % 4
+        want = [(1, b"\1"), (0xFF, b"\xff"), (0, b"\0"), (0, b"\0")]
+        assert results == {(first + step) % 4: want[step] for step in range(4)}
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_what_a_device_had_when_it_was_reset_is_sent_again_as_it_was(size):
+    """CLN-2: header and descriptors as they were, the status poisoned anew."""
+    bench = Bench(size)
+    data = bench.pool.take(512 * size)
+    for token in range(size):
+        template = WRITE_ if token % 2 else READ
+        bench.queue.submit(template, 512 * (token + 5), 512, data.offset + 512 * token, token, 3)
+    bench.queue.kick()
+    heads = bench.arrivals()
+    sent = {head: (bench.chain(head), bytes(bench.at(bench.chain(head)[0][0], 16))) for head in heads}
+    bench.answer(heads[1], b"\0")  # and is found to be back in spite of the reset
+    for head in heads[2:]:
+        bench.at(bench.chain(head)[-1][0], 1)[0] = 0  # a status that came too late to be told of
+    bench.queue.rewind()
+    bench.seen = bench.peer.used_idx = 0
+    bench.queue.kick()
+    again = bench.arrivals()
+    assert sorted(again) == sorted(head for head in heads if head != heads[1])
+    for head in again:
+        chain, header = sent[head]
+        assert bench.chain(head) == chain and bytes(bench.at(chain[0][0], 16)) == header
+        assert bytes(bench.at(chain[-1][0], 1)) == b"\xff"
+        bench.answer(head, b"\0")
+    finished = bench.queue.poll(owner=3)
+    assert sorted((f.token, f.result) for f in finished) == [(token, 0) for token in range(size)]
+
+
+@pytest.mark.parametrize(
+    "layout, form",
+    [(BLK, PACKED), (SCSI, SPLIT), (dialogue.LAYOUT, SPLIT), (SCSI, PACKED), (WIDE, SPLIT)],
+)
+@pytest.mark.parametrize("size", [4, 8])
+def test_beside_a_packed_ring_or_with_a_wide_result_nothing_is_in_the_rings_lines(size, layout, form):
+    bench = Bench(size, layout=layout, form=form)
+    for token in range(size):
+        assert bench.queue.submit(Template(bytes(layout.request)), 0, 0, 0, token)
+    ring_end = form.areas(size)[2]
+    assert ring_end % 64 == 0
+    for slot in range(size):
+        # A descriptor of either form begins with address and length: here those of a table.
+        address, length = struct.unpack_from("<QI", bench.memory.view(), 16 * slot)
+        table = bench.at(address, length)
+        for at in range(0, length, 16):
+            (place,) = struct.unpack_from("<Q", table, at)
+            assert place - IOVA - bench.memory.offset >= ring_end
+
+
+@pytest.mark.parametrize("form", [SPLIT, LEGACY])
+def test_a_ring_of_direct_descriptors_has_a_request_beside_it_too(form):
+    """One on a ring of four, whose three descriptors are no part of a line that the device writes."""
+    bench = Bench(4, indirect=False, form=form)
+    available, used, _ = form.areas(4)
+    data = bench.pool.take(512)
+    for sector in range(9):
+        bench.queue.submit(READ, 512 * sector, 512, data.offset, sector)
+        bench.queue.kick()
+        (header, _, (status,)) = spans(bench, 0)
+        assert lines(header) == {available // 64} and status // 64 == used // 64
+        assert header.start >= available + 14 and status >= used + 38
+        assert bytes(bench.memory.view()[header.start : header.stop]) == bytes(8) + struct.pack("<Q", sector)
+        assert bench.memory.view()[status] == 0xFF
+        bench.memory.view()[status] = 0
+        bench.peer.used = used
+        bench.peer.use(0, 513)
+        assert [(f.token, f.result) for f in bench.queue.poll()] == [(sector, 0)]
+
+
+@pytest.mark.parametrize("layout", [SCSI, dialogue.LAYOUT], ids=["bare", "with a payload"])
+@pytest.mark.parametrize("size, indirect", [(4, True), (8, True), (64, True), (64, False)])
+def test_a_scsi_result_is_aligned_in_the_cache_line_of_its_header(layout, size, indirect):
+    bench = Bench(size, layout=layout, indirect=indirect)
+    for token in range(bench.queue.slots):
+        assert bench.queue.submit(Template(bytes(layout.request)), 0, 0, 0, token)
+    bench.queue.kick()
+    seen = []
+    for head in bench.arrivals():
+        header, _, response = spans(bench, head)
+        result = response[layout.result_offset : layout.result_offset + 8]
+        assert result.start % 8 == 0 and lines(header) == lines(result) and len(lines(header)) == 1
+        assert bytes(bench.memory.view()[result.start : result.stop]) == b"\xff" * 8  # poisoned
+        seen += [header, response]
+    assert len(seen) == 2 * bench.queue.slots and apart(seen)
+
+
+@pytest.mark.parametrize("layout", [BLK, dialogue.LAYOUT], ids=["blk", "scsi"])
+@pytest.mark.parametrize("size, indirect", [(4, True), (8, True), (64, False)])
+def test_a_payload_is_apart_from_header_response_and_table(layout, size, indirect):
+    bench = Bench(size, layout=layout, indirect=indirect)
+    slots = bench.queue.slots
+    for token in range(slots):
+        template = Template(
+            bytes([token]) * layout.request,
+            payload=bytes([0x80 + token]) * layout.payload,
+            patches=[Patch(OFFSET, layout.request, 8, shift=9)],
+        )
+        assert bench.queue.submit(template, token << 9, 512, 0, token)
+    bench.queue.kick()
+    heads = bench.arrivals()
+    chains = [bench.chain(head) for head in heads]
+    assert [[length for _, length, _ in chain] for chain in chains] == [
+        [layout.request, layout.payload, layout.response]
+    ] * slots
+    parts = [range(address, address + length) for chain in chains for address, length, _ in chain]
+    parts += [
+        range(IOVA + bench.memory.offset + half.start, IOVA + bench.memory.offset + half.stop)
+        for half in (range(16 * size), *halves(bench))
+    ]
+    if indirect:
+        tables = [bench.peer.descriptor(head)[:2] for head in heads]
+        parts += [range(address, address + length) for address, length in tables]
+    assert apart(parts)
+    for head, chain in zip(heads, chains, strict=True):  # the device writes as much as it may
+        bench.at(chain[-1][0], layout.response)[:] = b"\xaa" * layout.response
+        bench.peer.use(head, layout.response)
+    for token, (header, payload, _) in enumerate(chains):
+        assert bytes(bench.at(*header[:2])) == bytes([token]) * layout.request
+        want = struct.pack("<Q", token) + bytes([0x80 + token]) * (layout.payload - 8)
+        assert bytes(bench.at(*payload[:2])) == want
+    assert [f.response for f in bench.queue.poll()] == [b"\xaa" * layout.response] * slots

@@ -33,6 +33,21 @@ def test_a_size_that_is_no_power_of_two_up_to_32768_is_refused(size):
         split.areas(size)
 
 
+@pytest.mark.parametrize("align", [split.ALIGN, split.LEGACY_ALIGN])
+@pytest.mark.parametrize("size", [1 << bits for bits in range(16)])
+def test_the_room_beside_a_ring_is_the_rest_of_its_only_cache_line(size, align):
+    """None where it has several: what the device writes would be in the line of what it polls, and more."""
+    available, used, end = split.areas(size, align)
+    # flags, idx | ring | event
+    halves = [range(available, available + 4 + 2 * size + 2), range(used, used + 4 + 8 * size + 2)]
+    for half, room in zip(halves, split.room(size, align), strict=True):
+        line = half.start // 64
+        assert len(room) == (64 * (line + 1) - half.stop if half[-1] // 64 == line else 0)
+        for byte in room:
+            assert byte // 64 == line and 16 * size <= byte < end
+            assert all(byte not in other for other in halves)
+
+
 def test_memory_too_small_for_the_ring_is_refused():
     with pytest.raises(ValueError, match="too few for a ring of 256"):
         SplitRing(memoryview(bytearray(4096)), 256, event_idx=False)
@@ -236,6 +251,30 @@ def test_spurious_looks_find_nothing():
     """SPL-13."""
     ring, _ = make(4)
     assert [ring.reap() for _ in range(3)] == [-1, -1, -1]
+
+
+@pytest.mark.parametrize("event_idx", [False, True])
+@pytest.mark.parametrize("align", [split.ALIGN, split.LEGACY_ALIGN])
+@pytest.mark.parametrize("size", [1, 4, 8, 256])
+def test_a_ring_begins_anew_and_touches_nothing_but_its_two_halves(size, align, event_idx):
+    """Descriptors are before them, and in small rings the headers and responses of requests behind each."""
+    available, used, end = split.areas(size, align)
+    memory = memoryview(bytearray(end + 64))
+    ring = SplitRing(memory, size, event_idx=event_idx, align=align)
+    new = bytes(memory)
+    for head in range(size):
+        ring.offer(head)
+    ring.publish()
+    memory[:] = b"\xee" * len(memory)
+    ring.rewind()
+    want = bytearray(b"\xee" * len(memory))
+    for half in (slice(available, available + 6 + 2 * size), slice(used, used + 6 + 8 * size)):
+        want[half] = new[half]
+    assert memory == want
+    assert (ring.outstanding(), ring.reap()) == (0, -1)
+    ring.offer(0)
+    ring.publish()
+    assert memory[available + 2 : available + 6] == b"\1\0" + b"\0\0"  # idx | the only head
 
 
 def test_a_detached_ring_touches_nothing():
