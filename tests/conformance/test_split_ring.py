@@ -207,9 +207,10 @@ def test_a_sleeper_is_always_woken(kind, features, wait):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("features", RINGS)
-def test_the_field_of_the_other_scheme_is_ignored(kind, features):
+@pytest.mark.parametrize("depth", [None, 1])
+def test_the_field_of_the_other_scheme_is_ignored(kind, features, depth):
     """SPL-16, SPL-17: used.flags says no with EVENT_IDX, avail_event says no without."""
-    with backend(kind, features=features, noise=True) as model, channel(model) as opened:
+    with backend(kind, features=features, noise=True) as model, channel(model, depth=depth) as opened:
         exercise(model, opened)
 
 

@@ -33,14 +33,18 @@ def test_a_size_that_is_no_power_of_two_up_to_32768_is_refused(size):
         split.areas(size)
 
 
+@pytest.mark.parametrize("event_idx", [False, True])
 @pytest.mark.parametrize("align", [split.ALIGN, split.LEGACY_ALIGN])
 @pytest.mark.parametrize("size", [1 << bits for bits in range(16)])
-def test_the_room_beside_a_ring_is_the_rest_of_its_only_cache_line(size, align):
+def test_the_room_beside_a_ring_is_the_rest_of_its_only_cache_line(size, align, event_idx):
     """None where it has several: what the device writes would be in the line of what it polls, and more."""
     available, used, end = split.areas(size, align)
     # flags, idx | ring | event
-    halves = [range(available, available + 4 + 2 * size + 2), range(used, used + 4 + 8 * size + 2)]
-    for half, room in zip(halves, split.room(size, align), strict=True):
+    halves = [
+        range(available, available + 4 + 2 * size + 2 * event_idx),
+        range(used, used + 4 + 8 * size + 2),
+    ]
+    for half, room in zip(halves, split.room(size, event_idx, align), strict=True):
         line = half.start // 64
         assert len(room) == (64 * (line + 1) - half.stop if half[-1] // 64 == line else 0)
         for byte in room:
@@ -268,7 +272,8 @@ def test_a_ring_begins_anew_and_touches_nothing_but_its_two_halves(size, align, 
     memory[:] = b"\xee" * len(memory)
     ring.rewind()
     want = bytearray(b"\xee" * len(memory))
-    for half in (slice(available, available + 6 + 2 * size), slice(used, used + 6 + 8 * size)):
+    last = available + 4 + 2 * size + 2 * event_idx
+    for half in (slice(available, last), slice(used, used + 6 + 8 * size)):
         want[half] = new[half]
     assert memory == want
     assert (ring.outstanding(), ring.reap()) == (0, -1)

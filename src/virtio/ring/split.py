@@ -58,13 +58,14 @@ def areas(size: int, align: int = ALIGN) -> tuple[int, int, int]:
 def room(size: int, event_idx: bool, align: int = ALIGN) -> tuple[range, range]:
     """The bytes that are left in the cache line of each ring, where that has but one line; else none.
 
-    What EVENT_IDX has at the end of each ring (2.7.10) is left too, where that is not negotiated.
+    Without EVENT_IDX there is no used_event (2.7.10), and its bytes are left too; those of avail_event are
+    not, as a device might write them all the same.
     """
     available, used, _ = areas(size, align)
     event = _EVENT if event_idx else 0
     return (
         _left(available, available + _RING + 2 * size + event),
-        _left(used, used + _RING + _ELEM * size + event),
+        _left(used, used + _RING + _ELEM * size + _EVENT),
     )
 
 
@@ -112,7 +113,7 @@ class SplitRing:
         # No byte more: there may be headers and responses behind each.
         event = _EVENT if self.event_idx else 0
         fill(self._mem, self._avail, 0, _RING + 2 * self.size + event)
-        fill(self._mem, self._used, 0, _RING + _ELEM * self.size + event)
+        fill(self._mem, self._used, 0, _RING + _ELEM * self.size + _EVENT)
         fill(self._given, 0, 0, self.size)
         self._avail_idx = self._published = self._used_idx = 0
         self.disarm()
