@@ -392,7 +392,7 @@ MUTANTS = [
         f"{SLOTS}::test_a_request_on_a_small_ring_is_one_cache_line_each_way",
         REQUESTS,
         "if head + layout.request > heads.stop or",
-        "if head >= heads.stop or",
+        "if head + layout.request > 2 * heads.stop or",
     ),
     Mutant(
         "SPL-1",
