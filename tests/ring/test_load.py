@@ -409,3 +409,29 @@ def test_a_load_and_the_mode_for_it_need_each_other():
         Task(READ, NOTHING, 512, 512, load=load)
     with pytest.raises(RequestError, match="need each other"):
         Task(READ, NOTHING, 512, 512, mode=LOADED, cells=1)
+
+
+def test_latencies_are_counted_when_there_is_time_for_that_and_none_is_lost():
+    """However many there are before, and reads and writes apart."""
+    load = Load(512, 1 << 20, random=False, reads=50)
+    load.enter()
+    for number in range(1000):
+        load.complete(load.begun, number % 4 == 0)
+    assert 0 < load.latency.count + load.written.count < 1000
+    load.settle()
+    assert (load.latency.count, load.written.count) == (750, 250)
+    load.settle()
+    assert (load.latency.count, load.written.count) == (750, 250)
+
+
+def test_the_clock_of_a_load_is_as_fast_as_the_systems():
+    load = Load(512, 1 << 20, random=False, rate=1.0)
+    before = time.monotonic_ns()
+    load.enter()
+    first, entered = load.now, time.monotonic_ns()
+    while time.monotonic_ns() - entered < 50_000_000:
+        pass
+    looked = time.monotonic_ns()
+    load.ripe()
+    after = time.monotonic_ns()
+    assert 0.99 * (looked - entered) <= load.now - first <= 1.01 * (after - before)
