@@ -76,7 +76,8 @@ class Doorbell:
 
         It saves the system call that asks whether an eventfd is full.
         """
-        if self.fd < 0 or self._placed or self._mapped:
+        # Interpreted, a Ctrl-C may come amid this, and it would count as under way for ever.
+        if self.fd < 0 or self._placed or self._mapped or not cython.compiled:
             self.ring()
             return
         self._begun += 1
