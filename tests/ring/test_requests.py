@@ -1,14 +1,18 @@
 """The request queue against a device that is told byte by byte what to do."""
 
+import contextlib
 import errno
 import random
+import signal
 import struct
+import sys
 import threading
 import time
 from array import array
 
 import pytest
 
+from tests.conftest import INTERPRETED
 from tests.ring.peer import Peer
 from virtio.device import dialogue
 from virtio.errors import RequestError
@@ -510,6 +514,44 @@ def test_abandoned_requests_keep_their_slots_until_the_device_returns_them():
     assert other.active == 2 and bench.queue.sweep() and not bench.queue.sweep()
     assert bench.queue.run(other, 1000, 0) == requests.IDLE
     assert bench.queue.orphans == 0 and other.active == 4 and other.finished == 0
+
+
+@contextlib.contextmanager
+def interrupted_at(step):
+    """A Ctrl-C after so many instructions of interpreted code in virtio.ring."""
+    left = [step]
+
+    def trace(frame, event, argument):
+        if "/virtio/ring/" not in frame.f_code.co_filename:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left[0] -= 1
+            if left[0] == 0:
+                signal.raise_signal(signal.SIGINT)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize("form", [SPLIT, PACKED])
+def test_a_ctrl_c_comes_between_calls_and_never_amid_one(form):
+    step = 1
+    while True:
+        bench = Bench(4, form=form)
+        task = constant(array("Q", [0, 512]), bench.pool.take(512))
+        with contextlib.suppress(KeyboardInterrupt), interrupted_at(step):
+            bench.queue.run(task, 1000, 0)
+            break
+        assert (task.active, bench.kicks) in ((0, 0), (2, 1))
+        assert bench.queue.in_flight == task.active
+        step += 23
+    assert (step > 500) == INTERPRETED
 
 
 class Counted:

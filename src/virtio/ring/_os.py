@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import mmap
 import os
 import select
+import signal
 import sys
+import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 from virtio.ring import eventfd
 from virtio.ring._mem import Mem, address
@@ -93,3 +98,28 @@ def write_at(fd: int, offset: int, value: int, width: int) -> int:
     except OSError as error:
         return error.errno or errno.EIO
     return 0 if done == width else errno.EIO
+
+
+def make_whole(cls: type) -> None:
+    """Let no Ctrl-C come amid the public methods of a class, as none comes amid compiled ones."""
+    for name, method in list(vars(cls).items()):
+        if callable(method) and not name.startswith("_"):
+            setattr(cls, name, _whole(method))
+
+
+def _whole(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        handler = signal.getsignal(signal.SIGINT)
+        if not callable(handler) or threading.current_thread() is not threading.main_thread():
+            return method(*args, **kwargs)
+        came: list[Any] = []
+        signal.signal(signal.SIGINT, lambda *what: came.append(what))
+        try:
+            return method(*args, **kwargs)
+        finally:
+            signal.signal(signal.SIGINT, handler)
+            if came:
+                handler(*came[0])
+
+    return call

@@ -76,8 +76,7 @@ class Doorbell:
 
         It saves the system call that asks whether an eventfd is full.
         """
-        # Interpreted, a Ctrl-C may come amid this, and it would count as under way for ever.
-        if self.fd < 0 or self._placed or self._mapped or not cython.compiled:
+        if self.fd < 0 or self._placed or self._mapped:
             self.ring()
             return
         self._begun += 1

@@ -48,7 +48,7 @@ if not cython.compiled:
         store_u64,
         window,
     )
-    from virtio.ring._os import now_ns, relax, sleep_on, ticks
+    from virtio.ring._os import make_whole, now_ns, relax, sleep_on, ticks
     from virtio.ring.doorbell import Doorbell
     from virtio.ring.task import Task
     from virtio.ring.template import Template
@@ -1137,3 +1137,7 @@ class RequestQueue:
             if owner not in found:
                 found.append(owner)
         return found
+
+
+if not cython.compiled:
+    make_whole(RequestQueue)
