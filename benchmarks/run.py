@@ -220,6 +220,14 @@ def show(row: Row) -> None:
     print(line, flush=True)
 
 
+def save(record: Record, folder: Path) -> Path:
+    """Write the record as far as it goes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{record.when.replace(':', '')}.json"
+    path.write_text(json.dumps(msgspec.to_builtins(record), indent=1))
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -244,15 +252,14 @@ def main() -> None:
     print(
         f"{record.cpu}, {record.cores} cores, Linux {record.kernel}, Python {record.python}, {record.commit}"
     )
+    path = save(record, options.records)
     for name in options.suites or SUITES:
         for row in SUITES[name](options.turns, options.seconds, record.left_out):
             record.rows.append(row)
             show(row)
+            save(record, options.records)  # a run takes most of an hour, and may be broken off
     for what in dict.fromkeys(record.left_out):
         print(f"left out: {what}")
-    options.records.mkdir(parents=True, exist_ok=True)
-    path = options.records / f"{record.when.replace(':', '')}.json"
-    path.write_text(json.dumps(msgspec.to_builtins(record), indent=1))
     print(f"recorded in {path}")
 
 

@@ -284,7 +284,7 @@ def _result(load: Load, job: Job, interrupted: bool = False) -> Result:
     if load.warming:  # and was interrupted: nothing counts yet
         return Result(job, 0.0, Histogram(), Histogram(), interrupted)
     busy = load.busy / tick_rate() if load.timed else None
-    return Result(job, (load.now - load.begun) / 1e9, load.latency, load.written, interrupted, busy)
+    return Result(job, load.seconds, load.latency, load.written, interrupted, busy)
 
 
 def _direction(bs: int, seconds: float, latency: Histogram) -> dict[str, Any]:

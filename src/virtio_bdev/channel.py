@@ -421,6 +421,7 @@ class Channel(Submitter):
                 buffers=[cells],
                 load=load,
                 other=self._disk.write,
+                stats=self.stats,
             )
             seen, deadline = 0, deadline_in(self.timeout)
 

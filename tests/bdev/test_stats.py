@@ -11,7 +11,19 @@ import pytest
 from tests.cli.program import eventually
 from virtio.ring.stats import BUCKETS, READ, Stats, clock, tick_rate
 from virtio.target import serve
-from virtio_bdev import DeviceError, attach
+from virtio_bdev import DeviceError, attach, bench
+
+
+def test_what_a_load_does_is_counted(bdev, channel):
+    result = bench.run(channel, bench.Job(rw="randrw", requests=500))
+    stats = bdev.stats
+    assert (stats.read.requests, stats.write.requests) == (result.reads.count, result.writes.count)
+    assert stats.read.requests + stats.write.requests == 500
+    assert stats.read.nbytes == 4096 * stats.read.requests
+    assert abs(stats.write.total_ns - result.writes.total) <= 500
+    bdev.keep_stats(counts=False)
+    bench.run(channel, bench.Job(requests=500))
+    assert bdev.stats == stats
 
 
 def test_calls_batches_and_single_requests_are_counted(controller, bdev, channel):

@@ -7,9 +7,10 @@ from virtio.ring._bits cimport bit_length, mix, scale, whole
 from virtio.ring._mem cimport Mem, fill, load_u64, store_u64, window
 from virtio.ring._os cimport ticks
 from virtio.ring.skew cimport Skew
+from virtio.ring.stats cimport Stats
 
 cdef uint64_t _LAST, _SEVERAL, _GAMMA, _FOREVER, _FRACTION, _HELD
-cdef int _SUB_BITS, _EXACT, _BUCKETS
+cdef int _SUB_BITS, _EXACT, _BUCKETS, _READ, _WRITE
 
 
 @cython.final
@@ -42,7 +43,9 @@ cdef class Load:
     cdef double _interval
     cdef uint64_t _blocks, _runtime, _seed, _base, _ramp
     cdef bint _random, _entered, _fresh, _stopped
-    cdef uint64_t _zero, _ns_of_tick
+    cdef uint64_t _rate, _ns_of_tick
+    cdef Stats _stats
+    cdef bint _counted
     cdef object _took_owner
     cdef Mem _took
     cdef uint64_t _held
@@ -51,12 +54,12 @@ cdef class Load:
     cpdef uint64_t offset(self, uint64_t number) noexcept nogil
     @cython.locals(mixed=uint64_t)
     cpdef bint is_write(self, uint64_t number) noexcept nogil
-    cdef uint64_t _clock(self) noexcept nogil
+    cdef uint64_t _ns(self, uint64_t passed) noexcept nogil
     cpdef void enter(self) noexcept nogil
     cpdef uint64_t ripe(self) noexcept nogil
     @cython.locals(until=uint64_t)
     cpdef uint64_t pause(self, uint64_t started) noexcept nogil
     cpdef bint begin(self, uint64_t count) noexcept nogil
     cpdef void complete(self, uint64_t began, bint write) noexcept nogil
-    @cython.locals(index=uint64_t, took=uint64_t)
+    @cython.locals(index=uint64_t, took=uint64_t, written=bint)
     cpdef void settle(self) noexcept nogil

@@ -13,12 +13,13 @@ import cython
 
 from virtio.errors import RequestError
 from virtio.ring.skew import Skew
-from virtio.ring.stats import tick_rate
+from virtio.ring.stats import READ, WRITE, tick_rate
 
 if not cython.compiled:
     from virtio.ring._bits import bit_length, mix, scale, whole
     from virtio.ring._mem import fill, load_u64, store_u64, window
     from virtio.ring._os import ticks
+    from virtio.ring.stats import Stats
 
 UNLIMITED = _FOREVER = 1 << 62  # requests, or nanoseconds
 
@@ -29,8 +30,10 @@ _BUCKETS = (64 - _EXACT << _SUB_BITS) + (1 << _EXACT)
 
 _SEVERAL = 4  # requests that make it worth while to look at the clock again
 
-_HELD = 64  # latencies that are known, and not recorded yet
+_HELD = 64  # times that are known, and not recorded yet
 _FRACTION = 1 << 8  # of a tick, in which ticks are multiplied
+
+_READ, _WRITE = READ, WRITE
 
 _GAMMA = 0x9E3779B97F4A7C15  # SplitMix64's step
 
@@ -148,9 +151,9 @@ class Load:
     first error. A sequence begins again at `base` when it has come to its end; what is left there, less
     than `nbytes`, is not touched. The same `seed` gives the same offsets. `latency` is in nanoseconds, from
     when a request is about to be put on the ring until its completion is seen; requests that are put there,
-    or seen, together share one reading of the clock, which begins when the load is made. If it is `timed`,
-    `busy` has the ticks of all rounds of the loop in which anything was submitted or seen. For one run, by
-    one thread.
+    or seen, together share one reading of the clock. If it is `timed`, `busy` has all rounds of the loop in
+    which anything was submitted or seen. Moments, and `busy`, are in ticks: see `virtio.ring.stats`. For one
+    run, by one thread.
     """
 
     def __init__(
@@ -185,21 +188,23 @@ class Load:
         self.errors = 0
         self.begun = self.now = self.deadline = 0
         self._entered = self._fresh = self._stopped = False
-        # The system's clock waits for all loads before it reads the counter: 10 of a request's 300 ns.
-        self._zero = ticks()
-        self._ns_of_tick = (1_000_000_000 << 64) // (_FRACTION * tick_rate())
+        # Ticks, as the system's clock waits for all loads before it reads them: 10 of a request's 300 ns.
+        self._rate = tick_rate()
+        self._ns_of_tick = (1_000_000_000 << 64) // (_FRACTION * self._rate)
+        self._stats: Stats = None  # type: ignore[assignment]  # where `counted`
+        self._counted = False
         self._held = 0
-        self._took_owner = bytearray(8 * _HELD)  # latencies, in bits 1 to 63; in bit 0, whether of a write
+        self._took_owner = bytearray(8 * _HELD)  # ticks, in bits 1 to 63; in bit 0, whether of a write
         self._took = window(self._took_owner)
         self._blocks = size // nbytes
         self._random = random
-        self._runtime = min(runtime_ns, UNLIMITED)
+        self._runtime = self._ticks(runtime_ns)
         self._seed = seed & _LAST
-        self._base, self._ramp = base, min(ramp_ns, UNLIMITED)
+        self._base, self._ramp = base, self._ticks(ramp_ns)
         self._skew: Skew = skew  # type: ignore[assignment]  # None where there is none
         self.paced = rate > 0
         self.batch, self.timed, self.busy = batch, timed, 0
-        self._interval = 1e9 / rate if rate else 0.0
+        self._interval = float(self._rate) / rate if rate else 0.0
         self._from = self._ripe = self._due = 0
 
     def offset(self, number: int) -> int:
@@ -219,6 +224,23 @@ class Load:
         mixed = mix((~self._seed + (number + 1) * _GAMMA) & _LAST)
         return scale(mixed, 100) >= self.reads
 
+    def _ticks(self, ns: int) -> int:
+        """As many nanoseconds, at most UNLIMITED."""
+        return min(ns * int(self._rate) // 1_000_000_000, UNLIMITED)
+
+    def _ns(self, passed: int) -> int:
+        """As many ticks, of 2^56 at most."""
+        return scale(passed * _FRACTION, self._ns_of_tick)
+
+    def account(self, stats: Stats) -> None:
+        """Count all requests there too, also those of the ramp."""
+        self._stats, self._counted = stats, True
+
+    @property
+    def seconds(self) -> float:
+        """How long it has gone on, without the ramp."""
+        return float(self.now - self.begun) / float(self._rate)
+
     @property
     def warming(self) -> bool:
         """Whether nothing counts yet, as the time for that has not come."""
@@ -233,17 +255,13 @@ class Load:
         self._fresh = False
         if not self._entered:
             self._entered = True
-            self.begun = self.now = self._clock()
+            self.begun = self.now = ticks()
             self.deadline = self.begun + self._ramp + self._runtime
             self._from = self._due = self.now
 
-    def _clock(self) -> int:
-        """Nanoseconds since the load was made."""
-        return scale((ticks() - self._zero) * _FRACTION, self._ns_of_tick)
-
     def ripe(self) -> int:
         """How many requests may have begun by now, of a load that is `paced`."""
-        self.now = self._clock()
+        self.now = ticks()
         self._fresh = True
         while self._due <= self.now:
             self._ripe += 1
@@ -255,7 +273,7 @@ class Load:
         if not self.paced or started < self._ripe:
             return _FOREVER
         until = min(self._due, self.deadline)
-        return max(until, self.now) - self.now
+        return self._ns(until - self.now) if until > self.now else 0
 
     def begin(self, count: int) -> bool:
         """So many requests are about to be submitted, at `now`; false if it is too late for that.
@@ -263,15 +281,15 @@ class Load:
         The time when completions were seen is good enough, unless there were several.
         """
         if count > _SEVERAL or (count and not self._fresh):
-            self.now = self._clock()
+            self.now = ticks()
         self._fresh = False
         if self._ramp and self.now >= self.begun + self._ramp:
+            self.settle()
             self._ramp = 0
             self.begun = self.now
             self.deadline = self.begun + self._runtime
             self.latency.clear()
             self.written.clear()
-            self._held = 0
         if count == 0 and not self.paced:
             return True
         return self.now < self.deadline and not self._stopped
@@ -279,7 +297,7 @@ class Load:
     def complete(self, began: int, write: bool) -> None:
         """Count a request that was submitted at `began`, and has just been seen to be done: in `settle`."""
         if not self._fresh:
-            self.now = self._clock()
+            self.now = ticks()
             self._fresh = True
         if self._held == _HELD:
             self.settle()
@@ -290,8 +308,12 @@ class Load:
         """Record what was completed: while the device is at work, and not before it is given more."""
         for index in range(self._held):
             took = load_u64(self._took, 8 * index)
-            if took & 1:
-                self.written.record(took >> 1)
+            written = took & 1
+            took >>= 1
+            if self._counted:
+                self._stats.add(_WRITE if written else _READ, self.nbytes, took)
+            if written:
+                self.written.record(self._ns(took))
             else:
-                self.latency.record(took >> 1)
+                self.latency.record(self._ns(took))
         self._held = 0

@@ -29,8 +29,9 @@ cdef class Stats:
     cdef object _array, _buckets_array
     cdef Mem _counts, _buckets
 
-    @cython.locals(took=uint64_t, at=size_t, bucket=size_t)
     cpdef void count(self, int kind, uint64_t nbytes, uint64_t began, uint64_t now) noexcept nogil
+    @cython.locals(at=size_t, bucket=size_t)
+    cpdef void add(self, int kind, uint64_t nbytes, uint64_t took) noexcept nogil
 
 
 @cython.locals(bits=int, shift=int)

@@ -80,9 +80,11 @@ class Stats:
 
     def count(self, kind: int, nbytes: int, began: int, now: int) -> None:
         """One request that went well, from tick to tick; one that began at 0 was not to be counted."""
-        if began == 0:
-            return
-        took = now - began if now > began else 0
+        if began:
+            self.add(kind, nbytes, now - began if now > began else 0)
+
+    def add(self, kind: int, nbytes: int, took: int) -> None:
+        """One request that went well, and took so many ticks."""
         at = _LINE + _BYTES_OF_KIND * kind
         store_u64(self._counts, at + _OPS, load_u64(self._counts, at + _OPS) + 1)
         store_u64(self._counts, at + _BYTES, load_u64(self._counts, at + _BYTES) + nbytes)

@@ -94,7 +94,9 @@ class Task:
         self.other = other or template  # what a load does where it does not read
         self.load: Load = load  # type: ignore[assignment]  # None, but where `mode` is LOADED
         self.stats: Stats = stats  # type: ignore[assignment]  # None, but where `counted`
-        self.counted = stats is not None and stats.on and load is None
+        self.counted = stats is not None and stats.on
+        if load is not None and stats is not None and self.counted:
+            load.account(stats)
         self.throttle: Throttle | None = None
         self.allowed = 1 << 62  # parts that may be started; a throttle raises it
         self.buffers = tuple(buffers)
@@ -136,6 +138,8 @@ class Task:
         """Count a part as failed with an errno; true if it is the first by offset of its item."""
         if self.load is not None:
             self.load.errors += 1
+            if self.counted:
+                self.stats.failed += 1
             self.total = self.started
             self._count()
             return True
@@ -155,6 +159,9 @@ class Task:
         `began` is as in `Finished`.
         """
         if self.load is not None:
+            if self.counted:
+                template = self.other if self.load.is_write(part) else self.template
+                self.stats.count(template.kind, self.item_bytes, began, ticks())
             self._count()
             return
         if self.counted:
