@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import configuration, settings
 
-from tests import needs
+from tests import needs, warm
 from tools.preflight import apt_command
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +43,13 @@ def pytest_configure() -> None:
             pytest.exit(f"VIRTIO_INTERPRETED=1, but {name} is {origin}: set PYTHONPATH=src", 4)
         if not INTERPRETED and not origin.endswith(".so"):
             pytest.exit(f"{name} is {origin}, not compiled: run `make build` (setup.py has the list)", 4)
+
+    process = importlib.import_module("virtio.target.process")
+    process._start = warm.start  # type: ignore[attr-defined]
+
+
+def pytest_unconfigure() -> None:
+    warm.end()
 
 
 def pytest_report_header() -> str:

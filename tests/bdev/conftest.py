@@ -1,5 +1,7 @@
 """Controllers attached to the embedded target."""
 
+import os
+
 import pytest
 
 import virtio_bdev
@@ -10,7 +12,8 @@ from virtio.target import serve
 def controller(request, tmp_path):
     """One 16 MiB disk whose bytes can be read outside, on four queues."""
     image = tmp_path / "image"
-    image.write_bytes(bytes(16 << 20))
+    image.touch()
+    os.truncate(image, 16 << 20)
     with (
         serve(request.param, f"file:{image}", queues=4) as target,
         virtio_bdev.attach(target.address, dev_type=request.param, queues=4) as controller,

@@ -73,26 +73,28 @@ def serve(
             directory = tempfile.mkdtemp(prefix="virtio-target-")
             stack.callback(shutil.rmtree, directory, ignore_errors=True)
             path = os.path.join(directory, "socket")
-        command = [sys.executable, "-P", "-m", "virtio.target", path, "--lifeline"]
-        command += [f"--dev-type={dev_type}", f"--queues={queues}"]
-        command += [f"--disk={disk}" for disk in disks or (f"ram:{ram}",)]
-        command += ["--packed"] if packed else []
-        command += [f"--without={name}" for name in without]
+        arguments = [path, "--lifeline", f"--dev-type={dev_type}", f"--queues={queues}"]
+        arguments += [f"--disk={disk}" for disk in disks or (f"ram:{ram}",)]
+        arguments += ["--packed"] if packed else []
+        arguments += [f"--without={name}" for name in without]
         control_path = f"{path}.control" if control else None
-        command += [f"--control={control_path}"] if control_path else []
-        found = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-        process = stack.enter_context(
-            subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,  # its end is the lifeline
-                stdout=subprocess.PIPE,
-                start_new_session=True,  # so that Ctrl-C is ours to handle first
-                env={**os.environ, "PYTHONPATH": found},
-            )
-        )
+        arguments += [f"--control={control_path}"] if control_path else []
+        process = stack.enter_context(_start(arguments))
         stack.callback(_end, process)
         _await_ready(process, timeout)
         yield Served(path, process.pid, control_path)
+
+
+def _start(arguments: list[str]) -> subprocess.Popen[bytes]:
+    """A target with this command line, its standard input, which is its lifeline, and output in pipes."""
+    found = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "virtio.target", *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,  # so that Ctrl-C is ours to handle first
+        env={**os.environ, "PYTHONPATH": found},
+    )
 
 
 def _exchange(path: str, line: bytes) -> bytes:
