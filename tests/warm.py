@@ -78,9 +78,9 @@ def _parent() -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
     with theirs:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "tests.warm"],
-            stdin=theirs,
+            stdin=theirs.fileno(),
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)},
         )
     return ours, process
 
