@@ -12,6 +12,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable
+from itertools import takewhile
 
 import virtio_bdev
 from virtio_bdev import Lost, config
@@ -74,7 +75,7 @@ def interrupts() -> int:
     with open("/proc/interrupts") as lines:
         for line in lines:
             if "vfio" in line or "uio_pci_generic" in line:
-                total += sum(int(word) for word in line.split()[1:3])
+                total += sum(int(word) for word in takewhile(str.isdigit, line.split()[1:]))  # a number a processor
     return total
 
 
