@@ -75,7 +75,8 @@ def interrupts() -> int:
     with open("/proc/interrupts") as lines:
         for line in lines:
             if "vfio" in line or "uio_pci_generic" in line:
-                total += sum(int(word) for word in takewhile(str.isdigit, line.split()[1:]))  # a number a processor
+                of_each_processor = takewhile(str.isdigit, line.split()[1:])
+                total += sum(map(int, of_each_processor))
     return total
 
 
