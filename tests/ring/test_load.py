@@ -332,7 +332,7 @@ def test_it_ends_at_its_time_and_waits_for_what_is_in_flight(served):
     load = Load(512, 4096, random=True, runtime_ns=20_000_000)
     task = loaded(bench, load, 8)
     finish(bench.queue, task)
-    assert load.now >= load.deadline == load.begun + tick_rate() * 20 // 1000
+    assert load.now >= load.deadline >= load.begun + tick_rate() * 20 // 1000
     assert task.total == task.started == task.finished == load.latency.count > 0
 
 
@@ -459,6 +459,14 @@ def test_what_fails_and_what_turns_out_well_is_counted_where_a_disk_counts(on):
     counts = stats.counts(READS)
     assert (counts.requests, counts.nbytes, stats.failed) == ((2, 1024, 1) if on else (0, 0, 0))
     assert (counts.total >= counts.longest > 0) == on
+
+
+def test_a_request_that_ended_before_it_began_took_no_time():
+    load = Load(512, 1 << 20, random=False)
+    load.enter()
+    load.complete(load.begun + (1 << 40), False)
+    load.settle()
+    assert load.latency.count == 1 and load.latency.maximum == 0
 
 
 def test_the_clock_of_a_load_is_as_fast_as_the_systems():

@@ -60,6 +60,7 @@ cdef class Load:
     @cython.locals(until=uint64_t)
     cpdef uint64_t pause(self, uint64_t started) noexcept nogil
     cpdef bint begin(self, uint64_t count) noexcept nogil
+    @cython.locals(took=uint64_t)
     cpdef void complete(self, uint64_t began, bint write) noexcept nogil
     @cython.locals(index=uint64_t, took=uint64_t, written=bint)
     cpdef void settle(self) noexcept nogil

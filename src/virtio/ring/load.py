@@ -191,7 +191,7 @@ class Load:
         # Ticks, as the system's clock waits for all loads before it reads them: 10 of a request's 300 ns.
         self._rate = tick_rate()
         self._ns_of_tick = (1_000_000_000 << 64) // (_FRACTION * self._rate)
-        self._stats: Stats = None  # type: ignore[assignment]  # where `counted`
+        self._stats: Stats = None  # type: ignore[assignment]  # where it is `_counted`
         self._counted = False
         self._held = 0
         self._took_owner = bytearray(8 * _HELD)  # ticks, in bits 1 to 63; in bit 0, whether of a write
@@ -225,8 +225,8 @@ class Load:
         return scale(mixed, 100) >= self.reads
 
     def _ticks(self, ns: int) -> int:
-        """As many nanoseconds, at most UNLIMITED."""
-        return min(ns * int(self._rate) // 1_000_000_000, UNLIMITED)
+        """As many nanoseconds, rounded up; at most UNLIMITED."""
+        return min(-(-ns * int(self._rate) // 1_000_000_000), UNLIMITED)
 
     def _ns(self, passed: int) -> int:
         """As many ticks, of 2^56 at most."""
@@ -301,7 +301,8 @@ class Load:
             self._fresh = True
         if self._held == _HELD:
             self.settle()
-        store_u64(self._took, 8 * self._held, (self.now - began) << 1 | write)
+        took = self.now - began if self.now > began else 0  # processors may disagree by some ticks
+        store_u64(self._took, 8 * self._held, took << 1 | write)
         self._held += 1
 
     def settle(self) -> None:
