@@ -252,7 +252,6 @@ def main() -> None:
     print(
         f"{record.cpu}, {record.cores} cores, Linux {record.kernel}, Python {record.python}, {record.commit}"
     )
-    path = save(record, options.records)
     for name in options.suites or SUITES:
         for row in SUITES[name](options.turns, options.seconds, record.left_out):
             record.rows.append(row)
@@ -260,7 +259,7 @@ def main() -> None:
             save(record, options.records)  # a run takes most of an hour, and may be broken off
     for what in dict.fromkeys(record.left_out):
         print(f"left out: {what}")
-    print(f"recorded in {path}")
+    print(f"recorded in {save(record, options.records)}")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def _parent() -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
             [sys.executable, "-P", "-m", "tests.warm"],
             stdin=theirs.fileno(),
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
     return ours, process
 

@@ -14,6 +14,7 @@ from virtio_bdev import Channel, Controller, DevType, attach
 from virtio_bdev.channel import Wait
 
 KINDS = ("blk", "scsi")
+DEPTHS = (None, 1)  # queues of 256, and of 4, beside which headers and responses are
 TIMEOUT = 5.0
 
 

@@ -10,13 +10,11 @@ from array import array
 
 import pytest
 
-from tests.conformance.driver import KINDS, backend, connect, ended, exercise, fill
+from tests.conformance.driver import DEPTHS, KINDS, backend, connect, ended, exercise, fill
 from tests.model.options import PROTOCOL_FEATURES
 from tests.model.wire import P
 from virtio.errors import ClosedError, TransportError
 from virtio_bdev import Lost, aio
-
-DEPTHS = [None, 1]  # queues of 256, and of 4, beside which headers and responses are
 
 
 @contextlib.contextmanager

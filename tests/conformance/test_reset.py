@@ -8,7 +8,7 @@ from array import array
 
 import pytest
 
-from tests.conformance.driver import KINDS, backend, channel, connect, ended, exercise, fill
+from tests.conformance.driver import DEPTHS, KINDS, backend, channel, connect, ended, exercise, fill
 from tests.model.options import PROTOCOL_FEATURES
 from tests.model.wire import P
 from virtio.errors import RequestTimeout
@@ -18,7 +18,6 @@ RESETS = {
     "STATUS alone": PROTOCOL_FEATURES & ~P.RESET_DEVICE,
     "RESET_DEVICE alone": PROTOCOL_FEATURES & ~P.STATUS,
 }
-DEPTHS = [None, 1]  # queues of 256, and of 4, beside which headers and responses are
 
 
 def held(model):

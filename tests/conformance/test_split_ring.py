@@ -10,7 +10,18 @@ from array import array
 
 import pytest
 
-from tests.conformance.driver import KINDS, TIMEOUT, backend, batch, channel, connect, device, exercise, fill
+from tests.conformance.driver import (
+    DEPTHS,
+    KINDS,
+    TIMEOUT,
+    backend,
+    batch,
+    channel,
+    connect,
+    device,
+    exercise,
+    fill,
+)
 from tests.conftest import INTERPRETED
 from tests.model import Backend, Chain, Ring
 from tests.model.wire import F
@@ -207,7 +218,7 @@ def test_a_sleeper_is_always_woken(kind, features, wait):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("features", RINGS)
-@pytest.mark.parametrize("depth", [None, 1])
+@pytest.mark.parametrize("depth", DEPTHS)
 def test_the_field_of_the_other_scheme_is_ignored(kind, features, depth):
     """SPL-16, SPL-17: used.flags says no with EVENT_IDX, avail_event says no without."""
     with backend(kind, features=features, noise=True) as model, channel(model, depth=depth) as opened:

@@ -45,7 +45,6 @@ cdef class Load:
     cdef bint _random, _entered, _fresh, _stopped
     cdef uint64_t _rate, _ns_of_tick
     cdef Stats _stats
-    cdef bint _counted
     cdef object _took_owner
     cdef Mem _took
     cdef uint64_t _held

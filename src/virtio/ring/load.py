@@ -191,8 +191,7 @@ class Load:
         # Ticks, as the system's clock waits for all loads before it reads them: 10 of a request's 300 ns.
         self._rate = tick_rate()
         self._ns_of_tick = (1_000_000_000 << 64) // (_FRACTION * self._rate)
-        self._stats: Stats = None  # type: ignore[assignment]  # where it is `_counted`
-        self._counted = False
+        self._stats: Stats = None  # type: ignore[assignment]  # None where nobody else counts
         self._held = 0
         self._took_owner = bytearray(8 * _HELD)  # ticks, in bits 1 to 63; in bit 0, whether of a write
         self._took = window(self._took_owner)
@@ -234,7 +233,7 @@ class Load:
 
     def account(self, stats: Stats) -> None:
         """Count all requests there too, also those of the ramp."""
-        self._stats, self._counted = stats, True
+        self._stats = stats
 
     @property
     def seconds(self) -> float:
@@ -311,7 +310,7 @@ class Load:
             took = load_u64(self._took, 8 * index)
             written = took & 1
             took >>= 1
-            if self._counted:
+            if self._stats is not None:
                 self._stats.add(_WRITE if written else _READ, self.nbytes, took)
             if written:
                 self.written.record(self._ns(took))

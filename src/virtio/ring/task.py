@@ -136,17 +136,15 @@ class Task:
 
     def fail(self, part: int, code: int) -> bool:
         """Count a part as failed with an errno; true if it is the first by offset of its item."""
+        if self.counted:
+            self.stats.failed += 1
         if self.load is not None:
             self.load.errors += 1
-            if self.counted:
-                self.stats.failed += 1
             self.total = self.started
             self._count()
             return True
         item = part // self.parts
         first = part < self._failed.get(item, self.total)
-        if self.counted:
-            self.stats.failed += 1
         if first:
             self._failed[item] = part
             self.status[item] = -code
@@ -158,16 +156,15 @@ class Task:
 
         `began` is as in `Finished`.
         """
-        if self.load is not None:
-            if self.counted:
-                template = self.other if self.load.is_write(part) else self.template
-                self.stats.count(template.kind, self.item_bytes, began, ticks())
-            self._count()
-            return
         if self.counted:
+            writes = self.load is not None and self.load.is_write(part)
+            template = self.other if writes else self.template
             nbytes = min(self.part_bytes, self.item_bytes - part % self.parts * self.part_bytes)
-            self.stats.count(self.template.kind, nbytes, began, ticks())
-        self._finish(part, True)
+            self.stats.count(template.kind, nbytes, began, ticks())
+        if self.load is not None:
+            self._count()
+        else:
+            self._finish(part, True)
 
     def pause(self) -> float | None:
         """Seconds until a load goes on by itself; None where only an answer can make it."""
