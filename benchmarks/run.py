@@ -14,11 +14,13 @@ import math
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import driver
 import growth
@@ -68,78 +70,93 @@ class Record(msgspec.Struct):
     left_out: list[str]
 
 
-Suite = Callable[[int, float, list[str]], Iterator[Row]]
+class Plan(NamedTuple):
+    """How often, for how long, and which rows."""
+
+    turns: int
+    seconds: float
+    only: re.Pattern[str]
+
+    def wants(self, what: str) -> bool:
+        """Whether that row is to be measured."""
+        return self.only.search(what) is not None
 
 
-def vhost(turns: int, seconds: float, left_out: list[str]) -> Iterator[Row]:
+Suite = Callable[[Plan, list[str]], Iterator[Row]]
+
+
+def vhost(plan: Plan, left_out: list[str]) -> Iterator[Row]:
     """qemu-storage-daemon's vhost-user-blk: ours and libblkio."""
     for backing in ("null-co", "file in RAM"):
         for rw, bs, depths in (("randread", 4096, (1, 32, 128)), ("randwrite", 4096, (1, 32, 128))):
             for poll in (True, False):
                 for depth in depths:
-                    yield _compare(backing, rw, bs, depth, poll, turns, seconds, left_out)
-        yield _compare(backing, "read", 131072, 32, True, turns, seconds, left_out)
+                    yield from _compare(backing, rw, bs, depth, poll, plan, left_out)
+        yield from _compare(backing, "read", 131072, 32, True, plan, left_out)
 
 
 def _compare(
-    backing: str,
-    rw: str,
-    bs: int,
-    depth: int,
-    poll: bool,
-    turns: int,
-    seconds: float,
-    left_out: list[str],
-) -> Row:
+    backing: str, rw: str, bs: int, depth: int, poll: bool, plan: Plan, left_out: list[str]
+) -> Iterator[Row]:
     how = "polled" if poll else "eventfd"
     row = Row(f"{backing}, {bs // 1024} KiB {rw}, QD {depth}, {how}", "IOPS", {"ours": []})
+    if not plan.wants(row.what):
+        return
     blkio = peers.blkio(left_out)
     if blkio is not None:
         row.figures["libblkio"] = []
-    for _ in range(turns):
+    for _ in range(plan.turns):
         with peers.storage_daemon(backing) as socket:  # a fresh one, as it adapts to what it has seen
             wait = "poll" if poll else "event"
-            row.figures["ours"].append(peers.ours(socket, rw, bs, depth, wait, seconds).iops)
+            row.figures["ours"].append(peers.ours(socket, rw, bs, depth, wait, plan.seconds).iops)
         if blkio is not None:
             with peers.storage_daemon(backing) as socket:
-                row.figures["libblkio"].append(peers.blkio_bench(blkio, socket, rw, bs, depth, poll, seconds))
-    return row
+                got = peers.blkio_bench(blkio, socket, rw, bs, depth, poll, plan.seconds)
+                row.figures["libblkio"].append(got)
+    yield row
 
 
-def against_spdk(turns: int, seconds: float, left_out: list[str]) -> Iterator[Row]:
+def against_spdk(plan: Plan, left_out: list[str]) -> Iterator[Row]:
     """SPDK's vhost target: ours and its own initiator."""
     tree = spdk.tree(left_out)
     if tree is not None:
         for kind in ("blk", "scsi"):
             for backing in ("RAM disk", "null"):
                 for depth in (1, 32, 128 if kind == "blk" else 127):  # of cmd_per_lun one is for probes
-                    yield from _beside_bdevperf(tree, kind, backing, depth, turns, seconds)
+                    yield from _beside_bdevperf(tree, kind, backing, depth, plan)
 
 
-def _beside_bdevperf(
-    tree: Path, kind: str, backing: str, depth: int, turns: int, seconds: float
-) -> Iterator[Row]:
+def _beside_bdevperf(tree: Path, kind: str, backing: str, depth: int, plan: Plan) -> Iterator[Row]:
     what = f"SPDK {kind}, {backing}, QD {depth}"
+    if not plan.wants(what):
+        return
+    seconds = plan.seconds
     rows = {
         "iops": Row(what, "IOPS", {}),
         "p99": Row(f"{what}, p99", "us", {}, more_is_better=False),
         "busy": Row(f"{what}, the driver's own time", "ns a request", {}, more_is_better=False),
+        "theirs": Row(f"{what}, the target's own time", "ns a request", {}, more_is_better=False),
+        "share": Row(f"{what}, the target at work", "%", {}),
         "mean": Row(f"{what}, a blocking call", "us", {}, more_is_better=False),
     }
-    for turn in range(turns):
-        with spdk.target(tree, kind, backing) as socket:
+    for turn in range(plan.turns):
+        with spdk.target(tree, kind, backing) as (socket, rpc):
             for who in ("ours", "bdevperf")[:: 1 if turn % 2 else -1]:
+                with spdk.at_work(rpc, seconds) as work:
+                    if who == "ours":
+                        got = peers.ours(socket, "randread", 4096, depth, "poll", seconds, kind=kind)
+                    else:
+                        got = spdk.bdevperf(tree, socket, kind, "randread", 4096, depth, seconds)
+                found = {"iops": got.iops, "p99": got.p99_us, "busy": got.busy_ns}
+                found |= {"theirs": work.busy_ns, "share": work.share and 100 * work.share}
                 if who == "ours":
-                    got = peers.ours(socket, "randread", 4096, depth, "poll", seconds, kind=kind)
                     own = peers.ours(socket, "randread", 4096, depth, "poll", seconds, kind=kind, busy=True)
-                    found = {"iops": got.iops, "p99": got.p99_us, "busy": own.busy_ns}
-                    if depth == 1:
-                        found["mean"] = 1e6 / peers.way_to("blocking", socket, 1, seconds, kind)
-                else:
-                    got = spdk.bdevperf(tree, socket, kind, "randread", 4096, depth, seconds)
-                    found = {"iops": got.iops, "p99": got.p99_us, "busy": got.busy_ns}
-                    if depth == 1:
-                        found["mean"] = 1e6 / got.iops
+                    found["busy"] = own.busy_ns
+                if depth == 1:
+                    took_s = 1 / got.iops
+                    if who == "ours":
+                        took_s = 1 / peers.way_to("blocking", socket, 1, seconds, kind)
+                    found["mean"] = 1e6 * took_s
                 for name, value in found.items():
                     rows[name].figures.setdefault(who, []).append(value or math.nan)
     for row in rows.values():
@@ -148,30 +165,35 @@ def _beside_bdevperf(
             yield row
 
 
-def python(turns: int, seconds: float, left_out: list[str]) -> Iterator[Row]:
+def python(plan: Plan, left_out: list[str]) -> Iterator[Row]:
     """Ways from Python to the same disk."""
     for depth in (1, 32):
         row = Row(f"null-co from Python, 4 KiB randread, QD {depth}", "IOPS", {})
+        if not plan.wants(row.what):
+            continue
         ways = ["batch", "asyncio"] if depth > 1 else ["blocking", "asyncio"]
         row.figures = {way: [] for way in ways}
         if peers.has_libnbd(left_out):
             row.figures["libnbd"] = []
-        for _ in range(turns):
+        for _ in range(plan.turns):
             for way, values in row.figures.items():
-                values.append(peers.python_way(way, depth, seconds))
+                values.append(peers.python_way(way, depth, plan.seconds))
         yield row
 
 
-def alone(turns: int, seconds: float, left_out: list[str]) -> Iterator[Row]:
+def alone(plan: Plan, left_out: list[str]) -> Iterator[Row]:
     """The driver on a device that answers at once."""
-    for way, by_layout in driver.measure(turns, int(200_000 * min(1.0, seconds))).items():
-        yield Row(f"driver alone, {way}", "ns a request", by_layout, more_is_better=False)
+    for way, by_layout in driver.measure(plan.turns, int(200_000 * min(1.0, plan.seconds))).items():
+        row = Row(f"driver alone, {way}", "ns a request", by_layout, more_is_better=False)
+        if plan.wants(row.what):
+            yield row
 
 
-def grown(turns: int, seconds: float, left_out: list[str]) -> Iterator[Row]:
+def grown(plan: Plan, left_out: list[str]) -> Iterator[Row]:
     """What more of everything costs."""
-    for what, unit, values in growth.measure(turns):
-        yield Row(what, unit, values, more_is_better=False)
+    for what, unit, values in growth.measure(plan.turns):
+        if plan.wants(what):
+            yield Row(what, unit, values, more_is_better=False)
 
 
 SUITES: dict[str, Suite] = {
@@ -237,6 +259,9 @@ def main() -> None:
     )
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each turn")
+    parser.add_argument(
+        "--only", type=re.compile, default=re.compile(""), metavar="REGEX", help="rows whose names it finds"
+    )
     parser.add_argument("--records", type=Path, default=RECORDS, help="folder to keep the record in")
     parser.add_argument("--force", action="store_true", help="also on a machine that is busy")
     options = parser.parse_args()
@@ -244,6 +269,7 @@ def main() -> None:
         parser.error(f"{', '.join(unknown)}: want any of {', '.join(SUITES)}")
     if options.seconds % 1 and {"vhost", "spdk"} & set(options.suites or SUITES):
         parser.error(f"--seconds {options.seconds}: libblkio's benchmark and bdevperf want whole seconds")
+    plan = Plan(options.turns, options.seconds, options.only)
     record = machine(options.turns, options.seconds)
     if record.load > _BUSY and not options.force:
         sys.exit(
@@ -253,7 +279,7 @@ def main() -> None:
         f"{record.cpu}, {record.cores} cores, Linux {record.kernel}, Python {record.python}, {record.commit}"
     )
     for name in options.suites or SUITES:
-        for row in SUITES[name](options.turns, options.seconds, record.left_out):
+        for row in SUITES[name](plan, record.left_out):
             record.rows.append(row)
             show(row)
             save(record, options.records)  # a run takes most of an hour, and may be broken off

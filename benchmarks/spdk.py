@@ -6,6 +6,7 @@ Both want memory in huge pages, and a core each: they poll.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from virtio_bdev.rpc.client import call
 
 _MEMORY_MIB = 512  # of each
 _BLOCK = 512
+_BEGUN = 1000  # requests that have ended
 _RAM_BYTES, _NULL_BYTES = 64 << 20, 1 << 30
 
 
@@ -56,8 +58,8 @@ def tree(left_out: list[str]) -> Path | None:
 
 
 @contextlib.contextmanager
-def target(spdk: Path, kind: str, backing: str) -> Iterator[str]:
-    """A disk of its vhost target on the target's core, a "RAM disk" or "null": its socket."""
+def target(spdk: Path, kind: str, backing: str) -> Iterator[tuple[str, str]]:
+    """A disk of its vhost target on the target's core, a "RAM disk" or "null": its socket, and its RPC."""
     with tempfile.TemporaryDirectory(prefix="bench-", dir="/dev/shm") as folder:
         make = "bdev_null_create" if backing == "null" else "bdev_malloc_create"
         nbytes = _NULL_BYTES if backing == "null" else _RAM_BYTES
@@ -79,7 +81,7 @@ def target(spdk: Path, kind: str, backing: str) -> Iterator[str]:
         ]
         path = f"{folder}/socket"
         with _running(argv, path):
-            yield path
+            yield path, f"{folder}/rpc"
 
 
 def _common(rpc: str, core: str) -> list[str]:
@@ -133,44 +135,69 @@ def bdevperf(spdk: Path, socket: str, kind: str, rw: str, bs: int, depth: int, s
         rpc = f"{folder}/rpc"
         argv = [str(spdk / "build/examples/bdevperf"), "-c", config, "-l", *_common(rpc, CLIENT_CORE)]
         argv += ["-w", rw, "-o", str(bs), "-q", str(depth), "-t", f"{seconds:.0f}"]
-        samples: list[_Sample] = []
-        sampler = threading.Thread(target=_sample, args=(rpc, seconds, samples))
-        sampler.start()
-        done = subprocess.run(
-            argv, capture_output=True, text=True, timeout=PATIENCE_S + seconds, stdin=subprocess.DEVNULL
-        )
-        sampler.join()
+        with at_work(rpc, seconds) as own:
+            done = subprocess.run(
+                argv, capture_output=True, text=True, timeout=PATIENCE_S + seconds, stdin=subprocess.DEVNULL
+            )
     total = re.search(r"^\W*Total\s+:\s+([\d.]+)", done.stdout, re.MULTILINE)
     p99 = re.search(r"^\s*99\.00000% :\s+([\d.]+)us", done.stdout, re.MULTILINE)
     if done.returncode or total is None or p99 is None:
         raise SystemExit(f"bdevperf: {done.stdout[-1000:]}{done.stderr[-1000:]}")
-    busy = None
-    if len(samples) == 2 and samples[1].requests > samples[0].requests:
-        busy = (samples[1].busy_ns - samples[0].busy_ns) / (samples[1].requests - samples[0].requests)
-    return Measured(float(total[1]), float(p99[1]), busy)
+    return Measured(float(total[1]), float(p99[1]), own.busy_ns)
+
+
+@dataclasses.dataclass
+class Work:
+    """What a process of SPDK did between two moments amid a run: of polls that found something."""
+
+    busy_ns: float | None = None  # a request
+    share: float | None = None  # of its time, at most 1
+
+
+@contextlib.contextmanager
+def at_work(rpc: str, seconds: float) -> Iterator[Work]:
+    """Look twice at the process that answers there, amid a run of so many seconds in the body."""
+    work, over = Work(), threading.Event()
+    watcher = threading.Thread(target=_watch, args=(rpc, seconds, work, over))
+    watcher.start()
+    try:
+        yield work
+    finally:
+        over.set()
+        watcher.join()
+
+
+def _watch(rpc: str, seconds: float, work: Work, over: threading.Event) -> None:
+    """The run begins when requests end."""
+    idle = begun = None
+    while not over.wait(0.02 if begun is None else 0.5 * seconds):
+        try:
+            now = _sample(rpc)
+        except VirtioError:
+            if begun is not None:
+                return  # it has ended
+            continue
+        if begun is not None:
+            requests, busy, passed = (b - a for a, b in zip(begun, now, strict=True))
+            if requests > 0:
+                work.busy_ns, work.share = busy / requests, busy / passed
+            return
+        if idle is None or now.requests - idle.requests < _BEGUN:
+            idle = idle or now
+        else:
+            begun = now
 
 
 class _Sample(NamedTuple):
-    busy_ns: float  # of all its threads
     requests: int  # that have ended
+    busy_ns: float  # of all its threads
+    passed_ns: float
 
 
-def _sample(rpc: str, seconds: float, into: list[_Sample]) -> None:
-    """Look twice amid a run: it begins when requests end."""
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline and len(into) < 2:
-        try:
-            statistics = json.loads(call(rpc, "bdev_get_iostat", None, 1.0))["bdevs"]
-            threads = json.loads(call(rpc, "thread_get_stats", None, 1.0))
-        except VirtioError:
-            if into:
-                return  # it has ended
-            time.sleep(0.02)
-            continue
-        requests = sum(each["num_read_ops"] + each["num_write_ops"] for each in statistics)
-        if requests > 1000:
-            busy = sum(thread["busy"] for thread in threads["threads"])
-            into.append(_Sample(1e9 * busy / threads["tick_rate"], requests))
-            time.sleep(0.5 * seconds)
-        else:
-            time.sleep(0.02)
+def _sample(rpc: str) -> _Sample:
+    statistics = json.loads(call(rpc, "bdev_get_iostat", None, 1.0))["bdevs"]
+    threads = json.loads(call(rpc, "thread_get_stats", None, 1.0))
+    requests = sum(each["num_read_ops"] + each["num_write_ops"] for each in statistics)
+    busy, idle = (sum(thread[what] for thread in threads["threads"]) for what in ("busy", "idle"))
+    tick_ns = 1e9 / threads["tick_rate"]
+    return _Sample(requests, busy * tick_ns, (busy + idle) * tick_ns)

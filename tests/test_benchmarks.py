@@ -25,3 +25,11 @@ def test_the_driver_alone_is_measured_and_recorded(tmp_path):
     for row in record["rows"]:
         assert len(row["figures"]) == 4 and row["what"] in done.stdout
         assert all(len(values) == 2 and min(values) > 0 for values in row["figures"].values())
+
+
+def test_only_the_rows_that_are_asked_for_are_measured(tmp_path):
+    argv = [sys.executable, "benchmarks/run.py", "--turns", "1", "--seconds", "0.02", "--force"]
+    argv += ["--records", str(tmp_path), "--only", "alone, b.tch$", "driver"]
+    subprocess.run(argv, cwd=ROOT, capture_output=True, timeout=120, check=True)
+    (path,) = tmp_path.iterdir()
+    assert [row["what"] for row in json.loads(path.read_text())["rows"]] == ["driver alone, batch"]
