@@ -169,7 +169,7 @@ def at_work(rpc: str, seconds: float) -> Iterator[Work]:
 
 def _watch(rpc: str, seconds: float, work: Work, over: threading.Event) -> None:
     """The run begins when requests end."""
-    idle = begun = None
+    first = begun = None
     while not over.wait(0.02 if begun is None else 0.5 * seconds):
         try:
             now = _sample(rpc)
@@ -182,8 +182,8 @@ def _watch(rpc: str, seconds: float, work: Work, over: threading.Event) -> None:
             if requests > 0:
                 work.busy_ns, work.share = busy / requests, busy / passed
             return
-        if idle is None or now.requests - idle.requests < _BEGUN:
-            idle = idle or now
+        if first is None or now.requests - first.requests < _BEGUN:
+            first = first or now
         else:
             begun = now
 
