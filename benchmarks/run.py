@@ -148,15 +148,13 @@ def _beside_bdevperf(tree: Path, kind: str, backing: str, depth: int, plan: Plan
                     else:
                         got = spdk.bdevperf(tree, socket, kind, "randread", 4096, depth, seconds)
                 found = {"iops": got.iops, "p99": got.p99_us, "busy": got.busy_ns}
-                found |= {"theirs": work.busy_ns, "share": work.share and 100 * work.share}
+                found |= {"theirs": work.busy_ns, "share": work.percent}
                 if who == "ours":
                     own = peers.ours(socket, "randread", 4096, depth, "poll", seconds, kind=kind, busy=True)
                     found["busy"] = own.busy_ns
                 if depth == 1:
-                    took_s = 1 / got.iops
-                    if who == "ours":
-                        took_s = 1 / peers.way_to("blocking", socket, 1, seconds, kind)
-                    found["mean"] = 1e6 * took_s
+                    rate = got.iops if who != "ours" else peers.way_to("blocking", socket, 1, seconds, kind)
+                    found["mean"] = 1e6 / rate
                 for name, value in found.items():
                     rows[name].figures.setdefault(who, []).append(value or math.nan)
     for row in rows.values():
@@ -260,7 +258,11 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each turn")
     parser.add_argument(
-        "--only", type=re.compile, default=re.compile(""), metavar="REGEX", help="rows whose names it finds"
+        "--only",
+        type=re.compile,
+        default=re.compile(""),
+        metavar="REGEX",
+        help="rows (of SPDK: rates, and what goes with them) whose names it finds",
     )
     parser.add_argument("--records", type=Path, default=RECORDS, help="folder to keep the record in")
     parser.add_argument("--force", action="store_true", help="also on a machine that is busy")

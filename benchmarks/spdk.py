@@ -151,7 +151,7 @@ class Work:
     """What a process of SPDK did between two moments amid a run: of polls that found something."""
 
     busy_ns: float | None = None  # a request
-    share: float | None = None  # of its time, at most 1
+    percent: float | None = None  # of its time
 
 
 @contextlib.contextmanager
@@ -174,18 +174,17 @@ def _watch(rpc: str, seconds: float, work: Work, over: threading.Event) -> None:
         try:
             now = _sample(rpc)
         except VirtioError:
-            if begun is not None:
-                return  # it has ended
-            continue
-        if begun is not None:
+            continue  # it is not there yet, or not any more
+        if first is None:
+            first = now
+        elif begun is None:
+            if now.requests - first.requests >= _BEGUN:
+                begun = now
+        else:
             requests, busy, passed = (b - a for a, b in zip(begun, now, strict=True))
             if requests > 0:
-                work.busy_ns, work.share = busy / requests, busy / passed
+                work.busy_ns, work.percent = busy / requests, 100 * busy / passed
             return
-        if first is None or now.requests - first.requests < _BEGUN:
-            first = first or now
-        else:
-            begun = now
 
 
 class _Sample(NamedTuple):

@@ -13,23 +13,33 @@ module("numpy")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="it measures what is compiled")
 
 
-def test_the_driver_alone_is_measured_and_recorded(tmp_path):
-    argv = [sys.executable, "benchmarks/run.py", "--turns", "2", "--seconds", "0.02", "--force"]
-    argv += ["--records", str(tmp_path), "driver"]
+def bench(records, *argv):
+    """Run a part of it: what it said, and the record."""
+    argv = [
+        sys.executable,
+        "benchmarks/run.py",
+        "--seconds",
+        "0.02",
+        "--force",
+        "--records",
+        str(records),
+        *argv,
+    ]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
-    (path,) = tmp_path.iterdir()
-    record = json.loads(path.read_text())
+    (path,) = records.iterdir()
+    return done.stdout, json.loads(path.read_text())
+
+
+def test_the_driver_alone_is_measured_and_recorded(tmp_path):
+    said, record = bench(tmp_path, "--turns", "2", "driver")
     assert record["turns"] == 2 and record["commit"] and record["cores"] >= 1
     whats = [row["what"] for row in record["rows"]]
     assert "driver alone, batch" in whats and "driver alone, blocking" in whats
     for row in record["rows"]:
-        assert len(row["figures"]) == 4 and row["what"] in done.stdout
+        assert len(row["figures"]) == 4 and row["what"] in said
         assert all(len(values) == 2 and min(values) > 0 for values in row["figures"].values())
 
 
 def test_only_the_rows_that_are_asked_for_are_measured(tmp_path):
-    argv = [sys.executable, "benchmarks/run.py", "--turns", "1", "--seconds", "0.02", "--force"]
-    argv += ["--records", str(tmp_path), "--only", "alone, b.tch$", "driver"]
-    subprocess.run(argv, cwd=ROOT, capture_output=True, timeout=120, check=True)
-    (path,) = tmp_path.iterdir()
-    assert [row["what"] for row in json.loads(path.read_text())["rows"]] == ["driver alone, batch"]
+    _, record = bench(tmp_path, "--turns", "1", "--only", "alone, b.tch$", "driver")
+    assert [row["what"] for row in record["rows"]] == ["driver alone, batch"]
