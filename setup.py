@@ -17,7 +17,8 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build import build
 
-# Each is src/.../NAME.py with its C types in NAME.pxd. (ring/_*.py are twins of inline C: never compiled.)
+# Each is src/.../NAME.py with its C types in NAME.pxd. (ring/_*.py and ring/codes.py are twins of what is
+# in C already: never compiled.)
 MODULES = [
     "virtio.ring.buffer",
     "virtio.ring.device",
@@ -26,6 +27,7 @@ MODULES = [
     "virtio.ring.packed",
     "virtio.ring.requests",
     "virtio.ring.skew",
+    "virtio.ring.slots",
     "virtio.ring.split",
     "virtio.ring.stats",
     "virtio.ring.submit",

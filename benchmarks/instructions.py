@@ -61,7 +61,7 @@ def _by_object(profile: str) -> dict[str, int]:
 def a_request(layout: str) -> dict[str, float]:
     """Instructions for a request, by module of `virtio.ring`."""
     counted = count(layout, REQUESTS)
-    modules = {"requests", "task", "split", "packed", "doorbell", "stats", "load"}
+    modules = {"slots", "requests", "task", "split", "packed", "doorbell", "stats", "load"}
     return {name: counted[name] / REQUESTS for name in sorted(modules & counted.keys())}
 
 

@@ -13,12 +13,14 @@ from array import array
 import numpy as np
 
 from virtio.ring import split
+from virtio.ring.codes import CONSTANT, FROM_DEVICE, OFFSET
 from virtio.ring.doorbell import Doorbell
+from virtio.ring.layout import Layout, queue_bytes
 from virtio.ring.region import Mapping, Pool, Region
-from virtio.ring.requests import Layout, RequestQueue, queue_bytes
+from virtio.ring.requests import RequestQueue
 from virtio.ring.stats import Stats
-from virtio.ring.task import CONSTANT, Task
-from virtio.ring.template import FROM_DEVICE, OFFSET, Patch, Template
+from virtio.ring.task import Task
+from virtio.ring.template import Patch, Template
 
 SIZE, REQUESTS, TURNS = 256, 200_000, 41
 LAYOUT = Layout(16, 0, 1, 0, 0xFF, False)  # virtio-blk's

@@ -34,6 +34,8 @@ WIRE = "src/virtio/wire/vhost_user.py"
 SPLIT = "src/virtio/ring/split.py"
 PACKED = "src/virtio/ring/packed.py"
 REQUESTS = "src/virtio/ring/requests.py"
+FILLED = "src/virtio/ring/slots.py"
+LAYOUT = "src/virtio/ring/layout.py"
 DEVICE = "src/virtio/device/base.py"
 BLK = "src/virtio/device/blk.py"
 SCSI = "src/virtio/device/scsi.py"
@@ -376,7 +378,7 @@ MUTANTS = [
         "CLN-2",
         f"{RESET}::test_what_the_device_had_is_sent_again_and_completes_once",
         SPLIT,
-        "        fill(self._mem, self._avail, 0, _RING + 2 * self.size + event)\n",
+        "        fill(self._mem, self._avail, 0, RING + 2 * self.size + event)\n",
         "        fill(self._mem, self._avail, 0, len(self._view) - self._avail)\n",
     ),
     # The split ring
@@ -384,13 +386,13 @@ MUTANTS = [
         "SPL-1",
         f"{RING}::test_the_three_areas_are_aligned_and_apart",
         SPLIT,
-        "    used = _up(available + _RING + 2 * size + 2, align)\n",
-        "    used = _up(available + _RING + 2 * size + 2, align) + 2\n",
+        "    used = _up(available + RING + 2 * size + 2, align)\n",
+        "    used = _up(available + RING + 2 * size + 2, align) + 2\n",
     ),
     Mutant(
         "SPL-1",
         f"{SLOTS}::test_a_request_on_a_small_ring_is_one_cache_line_each_way",
-        REQUESTS,
+        LAYOUT,
         "if head + layout.request > heads.stop or",
         "if head + layout.request > 2 * heads.stop or",
     ),
@@ -398,22 +400,22 @@ MUTANTS = [
         "SPL-1",
         f"{SLOTS}::test_as_many_in_flight_as_a_small_ring_has_keep_apart_many_times_round",
         SPLIT,
-        "_left(used, used + _RING + _ELEM * size + _EVENT)",
-        "_left(used, used + _RING + _ELEM * size)",
+        "_left(used, used + RING + ELEM * size + EVENT)",
+        "_left(used, used + RING + ELEM * size)",
     ),
     Mutant(
         "SPL-2",
         f"{RING}::test_every_chain_is_well_formed",
-        REQUESTS,
-        "        if self._response_first and template.direction != _TO_DEVICE:\n",
-        "        if template.direction == _TO_DEVICE:\n",
+        FILLED,
+        "        if self._response_first and template.direction != TO_DEVICE:\n",
+        "        if template.direction == TO_DEVICE:\n",
     ),
     Mutant(
         "SPL-4",
         f"{RING}::test_every_chain_is_well_formed",
-        REQUESTS,
-        "first + index + 1 if flags & _NEXT else 0",
-        "first + index if flags & _NEXT else 0",
+        FILLED,
+        "first + index + 1 if flags & NEXT else 0",
+        "first + index if flags & NEXT else 0",
     ),
     Mutant(
         "SPL-6",
@@ -432,9 +434,9 @@ MUTANTS = [
     Mutant(
         "SPL-8",
         f"{RING}::test_every_chain_is_well_formed",
-        REQUESTS,
-        "16 * total, _INDIRECT, 0)",
-        "16 * total, _INDIRECT | _NEXT, 0)",
+        FILLED,
+        "16 * total, INDIRECT, 0)",
+        "16 * total, INDIRECT | NEXT, 0)",
     ),
     Mutant(
         "SPL-10",
@@ -447,7 +449,7 @@ MUTANTS = [
         "SPL-11",
         f"{RING}::test_avail_flags_are_0_or_1_without_event_idx_and_0_with_it",
         SPLIT,
-        "            store_u16(self._mem, self._avail, _NO_INTERRUPT)\n",
+        "            store_u16(self._mem, self._avail, NO_INTERRUPT)\n",
         "            store_u16(self._mem, self._avail, 3)\n",
     ),
     Mutant(
@@ -455,7 +457,7 @@ MUTANTS = [
         f"{RING}::test_avail_flags_are_0_or_1_without_event_idx_and_0_with_it",
         SPLIT,
         "self._used_idx - 1 & 0xFFFF)\n",
-        "self._used_idx - 1 & 0xFFFF)\n            store_u16(self._mem, self._avail, _NO_INTERRUPT)\n",
+        "self._used_idx - 1 & 0xFFFF)\n            store_u16(self._mem, self._avail, NO_INTERRUPT)\n",
     ),
     Mutant(
         "SPL-13",
@@ -467,7 +469,7 @@ MUTANTS = [
     Mutant(
         "SPL-14",
         f"{RING}::test_a_request_that_comes_back_without_a_status_did_not_succeed",
-        REQUESTS,
+        FILLED,
         "            store_u8(self._region, self._response(slot) + self._result_at, 0xFF)\n",
         "            pass\n",
     ),
@@ -482,8 +484,8 @@ MUTANTS = [
         "SPL-14",
         f"{RING}::test_a_used_index_that_runs_ahead_is_refused_before_its_first_entry",
         SPLIT,
-        "        if pending > self.outstanding():\n            return _BROKEN\n",
-        "        if pending < 0:\n            return _BROKEN\n",
+        "        if pending > self.outstanding():\n            return FAULTY\n",
+        "        if pending < 0:\n            return FAULTY\n",
     ),
     Mutant(
         "SPL-15",
@@ -496,14 +498,14 @@ MUTANTS = [
         "SPL-16",
         f"{RING}::test_a_sleeper_is_always_woken",
         SPLIT,
-        "        return not load_u16(self._mem, self._used) & _NO_NOTIFY\n",
+        "        return not load_u16(self._mem, self._used) & NO_NOTIFY\n",
         "        return False\n",
     ),
     Mutant(
         "SPL-16",
         f"{RING}::test_a_device_that_wants_no_kicks_gets_none",
         SPLIT,
-        "        return not load_u16(self._mem, self._used) & _NO_NOTIFY\n",
+        "        return not load_u16(self._mem, self._used) & NO_NOTIFY\n",
         "        return True\n",
     ),
     Mutant(
@@ -1208,20 +1210,20 @@ MUTANTS = [
         "PKD-4",
         f"{PACKED_RING}::test_every_list_is_well_formed",
         PACKED,
-        "            if not flags & _NEXT:\n                break\n",
-        "            if not flags & _NEXT and count > 9:\n                break\n",
+        "            if not flags & NEXT:\n                break\n",
+        "            if not flags & NEXT and count > 9:\n                break\n",
     ),
     Mutant(
         "PKD-5",
         f"{PACKED_RING}::test_every_list_is_well_formed",
-        REQUESTS,
-        "                store_u16(self._region, entry + 14, flags & _WRITE)\n",
-        "                store_u16(self._region, entry + 14, _WRITE - (flags & _WRITE))\n",
+        FILLED,
+        "                store_u16(self._region, entry + 14, flags & WRITE)\n",
+        "                store_u16(self._region, entry + 14, WRITE - (flags & WRITE))\n",
     ),
     Mutant(
         "PKD-6",
         f"{PACKED_RING}::test_every_list_is_well_formed",
-        REQUESTS,
+        LAYOUT,
         "    slots = size if indirect else size // (2 + segments)\n",
         "    slots = size if indirect else size // 2\n",
     ),
@@ -1229,29 +1231,29 @@ MUTANTS = [
         "PKD-7",
         f"{PACKED_RING}::test_nothing_is_shown_before_it_is_published_and_the_first_one_last",
         PACKED,
-        "            if count:\n                store_u16(self._mem, place + _FLAGS, flags | bits)\n",
-        "            if count + 1:\n                store_u16(self._mem, place + _FLAGS, flags | bits)\n",
+        "            if count:\n                store_u16(self._mem, place + FLAGS, flags | bits)\n",
+        "            if count + 1:\n                store_u16(self._mem, place + FLAGS, flags | bits)\n",
     ),
     Mutant(
         "PKD-8",
         f"{PACKED_RING}::test_every_list_is_well_formed",
-        REQUESTS,
+        FILLED,
         "            if self.packed:  # no chain, whose order is that of the table (2.8.7)\n",
         "            if self.packed and index == 1:\n",
     ),
     Mutant(
         "PKD-9",
         f"{PACKED_RING}::test_every_list_is_well_formed",
-        REQUESTS,
-        "            self._describe_ring(slot, table, 16 * total, _INDIRECT, 0)\n",
-        "            self._describe_ring(slot, table, 16 * total + 8, _INDIRECT, 0)\n",
+        FILLED,
+        "            self._describe_ring(slot, table, 16 * total, INDIRECT, 0)\n",
+        "            self._describe_ring(slot, table, 16 * total + 8, INDIRECT, 0)\n",
     ),
     Mutant(
         "PKD-10",
         f"{PACKED_RING}::test_every_list_is_well_formed",
-        REQUESTS,
-        "            self._describe_ring(slot, table, 16 * total, _INDIRECT, 0)\n",
-        "            self._describe_ring(slot, table, 16 * total, _INDIRECT | _NEXT, 0)\n",
+        FILLED,
+        "            self._describe_ring(slot, table, 16 * total, INDIRECT, 0)\n",
+        "            self._describe_ring(slot, table, 16 * total, INDIRECT | NEXT, 0)\n",
     ),
     Mutant(
         "PKD-12",
@@ -1264,8 +1266,8 @@ MUTANTS = [
         "PKD-12",
         f"{PACKED_RING}::test_what_it_asks_for_when_it_sleeps_and_when_it_does_not",
         PACKED,
-        "self._used | (_WRAP if self._used_wrap else 0)",
-        "self._used | _WRAP",
+        "self._used | (WRAP if self._used_wrap else 0)",
+        "self._used | WRAP",
     ),
 ]
 

@@ -16,7 +16,7 @@ VALGRIND = program("valgrind")
 module("numpy")
 
 # What was measured (benchmarks/instructions.py), and a tenth more.
-BUDGETS = {"split, indirect": 565, "packed, indirect": 665}
+BUDGETS = {"split, indirect": 560, "packed, indirect": 640}
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="it counts what is compiled")
 

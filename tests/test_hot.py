@@ -9,7 +9,7 @@ from tests.conftest import INTERPRETED, ROOT
 
 HOT = {
     "split": ["describe", "redirect", "offer", "publish", "reap", "arm", "disarm", "outstanding"],
-    "requests": [
+    "slots": [
         "_run",
         "_fill",
         "_start",

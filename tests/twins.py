@@ -9,11 +9,12 @@ import sys
 from array import array
 
 from tests.ring.peer import Peer
-from virtio.ring import requests
+from virtio.ring import layout as layouts, requests
+from virtio.ring.codes import FROM_DEVICE, NO_DATA, OFFSET, TAG, TO_DEVICE
 from virtio.ring.doorbell import Doorbell
 from virtio.ring.region import Mapping, Pool, Region
 from virtio.ring.task import Task
-from virtio.ring.template import FROM_DEVICE, NO_DATA, OFFSET, TAG, TO_DEVICE, Patch, Template
+from virtio.ring.template import Patch, Template
 
 
 def traffic(seed: int, digest) -> None:
@@ -23,10 +24,10 @@ def traffic(seed: int, digest) -> None:
     indirect, event_idx = rng.random() < 0.5, rng.random() < 0.5
     size, segments = rng.choice([8, 16, 64]), rng.choice([1, 2, 3])
     scsi = rng.random() < 0.5
-    layout = requests.Layout(
+    layout = layouts.Layout(
         *((51, 0, 108, 4, 0xFFFF0000FFFFFFFF, True) if scsi else (16, 16, 1, 0, 0xFF, False))
     )
-    memory = pool.take(requests.queue_bytes(size, layout, segments, indirect))
+    memory = pool.take(layouts.queue_bytes(size, layout, segments, indirect))
     queue = requests.RequestQueue(
         memory,
         region.view,

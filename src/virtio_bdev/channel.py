@@ -27,10 +27,11 @@ from virtio.errors import (
 )
 from virtio.ring import eventfd
 from virtio.ring.buffer import Buffer
+from virtio.ring.codes import BOUNCED, CONSTANT, IN_PLACE, LOADED
 from virtio.ring.lease import deadline_in
 from virtio.ring.stats import OTHER, READ, WRITE
 from virtio.ring.submit import Submitter
-from virtio.ring.task import BOUNCED, CONSTANT, IN_PLACE, LOADED, Task, first_bad_offset
+from virtio.ring.task import Task, first_bad_offset
 from virtio.ring.template import Template
 from virtio.wire.scsi import compare_and_write
 

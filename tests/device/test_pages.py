@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from hypothesis import example, given, strategies as st
 
 from virtio.device.base import Device
-from virtio.ring.requests import ONE_PAGE
+from virtio.ring.layout import ONE_PAGE
 
 pages = st.sampled_from([4096, 65536, 2 << 20, ONE_PAGE])
 

@@ -14,12 +14,13 @@ from hypothesis import given, strategies as st
 from tests.conftest import INTERPRETED
 from tests.ring.test_requests import IOVA, READ, Bench, abandon, finish, serve
 from virtio.errors import RequestError
-from virtio.ring import requests
+from virtio.ring import codes
 from virtio.ring._bits import mix
+from virtio.ring.codes import LOADED
 from virtio.ring.load import UNLIMITED, Histogram, Load
 from virtio.ring.skew import Skew
 from virtio.ring.stats import READ as READS, WRITE as WRITES, Stats, tick_rate
-from virtio.ring.task import LOADED, Task
+from virtio.ring.task import Task
 
 NOTHING = memoryview(array("Q"))
 
@@ -282,14 +283,14 @@ def test_each_request_in_flight_has_a_cell_of_its_own_and_there_are_no_more_than
     task = loaded(bench, load, 5)
     base = task.data_end - 5 * 512
     cells = {IOVA + base + 512 * i for i in range(5)}
-    assert bench.queue.run(task, 1000, 0) == requests.IDLE
+    assert bench.queue.run(task, 1000, 0) == codes.IDLE
     heads = bench.arrivals()
     for _ in range(20):
         assert {bench.chain(head)[1][0] for head in heads} == cells
         first, second, *rest = heads
         bench.answer(second, b"\0")
         bench.answer(first, b"\0")
-        assert bench.queue.run(task, 1000, 0) == requests.IDLE
+        assert bench.queue.run(task, 1000, 0) == codes.IDLE
         heads = rest + bench.arrivals()
         assert task.active == len(heads) == 5
     sectors = sorted(int.from_bytes(bench.at(bench.chain(head)[0][0], 16)[8:], "little") for head in heads)
@@ -301,13 +302,13 @@ def test_latency_counts_from_before_the_ring_to_after_it():
     load = Load(512, 4096, random=False, requests=1)
     task = loaded(bench, load, 1)
     before = time.monotonic_ns()
-    assert bench.queue.run(task, 1000, 0) == requests.IDLE
+    assert bench.queue.run(task, 1000, 0) == codes.IDLE
     shown = time.monotonic_ns()
     while time.monotonic_ns() < shown + 5_000_000:
         pass
     answered = time.monotonic_ns()
     bench.answer(bench.arrivals()[0], b"\0")
-    assert bench.queue.run(task, 1000, 0) == requests.DONE
+    assert bench.queue.run(task, 1000, 0) == codes.DONE
     assert answered - shown <= load.latency.minimum <= time.monotonic_ns() - before
 
 
@@ -353,15 +354,15 @@ def test_a_status_that_was_not_written_is_an_error_of_the_load():
     load = Load(512, 4096, random=False, requests=9)
     task = loaded(bench, load, 1)
     for _ in range(2):
-        assert bench.queue.run(task, 1000, 0) == requests.IDLE
+        assert bench.queue.run(task, 1000, 0) == codes.IDLE
         bench.answer(bench.arrivals()[0], b"\0")
-    assert bench.queue.run(task, 1000, 0) == requests.IDLE
+    assert bench.queue.run(task, 1000, 0) == codes.IDLE
     bench.peer.use(bench.arrivals()[0], 513)  # nothing but the used element
-    assert bench.queue.run(task, 1000, 0) == requests.FAULT
+    assert bench.queue.run(task, 1000, 0) == codes.FAULT
     (fault,) = bench.queue.faults()
     assert (fault.token, fault.result) == (2, 0xFF)
     assert task.fail(fault.token, errno.EIO)
-    assert bench.queue.run(task, 1000, 0) == requests.DONE
+    assert bench.queue.run(task, 1000, 0) == codes.DONE
     assert (load.errors, load.latency.count) == (1, 2)
 
 
@@ -369,31 +370,31 @@ def test_a_fault_that_was_none_is_done_without_a_time():
     bench = Bench(8)
     load = Load(512, 4096, random=False, requests=3)
     task = loaded(bench, load, 3)
-    assert bench.queue.run(task, 1000, 0) == requests.IDLE
+    assert bench.queue.run(task, 1000, 0) == codes.IDLE
     for head, status in zip(bench.arrivals(), [0, 1, 0], strict=True):
         bench.answer(head, bytes([status]))
-    assert bench.queue.run(task, 1000, 0) == requests.FAULT
+    assert bench.queue.run(task, 1000, 0) == codes.FAULT
     (fault,) = bench.queue.faults()
     task.succeed(fault.token)
-    assert bench.queue.run(task, 1000, 0) == requests.DONE
+    assert bench.queue.run(task, 1000, 0) == codes.DONE
     assert (task.finished, load.latency.count, load.errors) == (3, 2, 0)
 
 
 def test_slices_stops_and_broken_rings_bring_it_back():
     bench = Bench(8)
     task = loaded(bench, Load(512, 4096, random=True), 2)
-    assert bench.queue.run(task, 1_000_000, 1 << 62) == requests.TICK
+    assert bench.queue.run(task, 1_000_000, 1 << 62) == codes.TICK
     bench.peer.use(7)
-    assert bench.queue.run(task, 1_000_000, 1 << 62) == requests.BROKEN
+    assert bench.queue.run(task, 1_000_000, 1 << 62) == codes.BROKEN
     bench = Bench(8)
     bench.queue.stop()
-    assert bench.queue.run(loaded(bench, Load(512, 4096, random=True), 2), 1000, 0) == requests.LOST
+    assert bench.queue.run(loaded(bench, Load(512, 4096, random=True), 2), 1000, 0) == codes.LOST
 
 
 def test_what_was_abandoned_is_no_part_of_the_next_load(served):
     bench = Bench(8)
     first = Load(512, 4096, random=True)
-    assert bench.queue.run(loaded(bench, first, 3), 1000, 0) == requests.IDLE
+    assert bench.queue.run(loaded(bench, first, 3), 1000, 0) == codes.IDLE
     abandon(bench.queue)
     second = Load(512, 4096, random=True, requests=100)
     task = loaded(bench, second, 3)
@@ -448,14 +449,14 @@ def test_what_fails_and_what_turns_out_well_is_counted_where_a_disk_counts(on):
     stats.on = on
     load = Load(512, 4096, random=False, requests=3)
     task = loaded(bench, load, 3, stats=stats)
-    assert bench.queue.run(task, 1000, 0) == requests.IDLE
+    assert bench.queue.run(task, 1000, 0) == codes.IDLE
     for head, status in zip(bench.arrivals(), [0, 1, 1], strict=True):
         bench.answer(head, bytes([status]))
-    assert bench.queue.run(task, 1000, 0) == requests.FAULT
+    assert bench.queue.run(task, 1000, 0) == codes.FAULT
     good, bad = bench.queue.faults()
     task.succeed(good.token, good.began)
     task.fail(bad.token, errno.EIO)
-    assert bench.queue.run(task, 1000, 0) == requests.DONE
+    assert bench.queue.run(task, 1000, 0) == codes.DONE
     counts = stats.counts(READS)
     assert (counts.requests, counts.nbytes, stats.failed) == ((2, 1024, 1) if on else (0, 0, 0))
     assert (counts.total >= counts.longest > 0) == on

@@ -16,14 +16,16 @@ from tests.conftest import INTERPRETED
 from tests.ring.peer import Peer
 from virtio.device import dialogue
 from virtio.errors import RequestError
-from virtio.ring import requests, split
+from virtio.ring import codes, split
+from virtio.ring.codes import BOUNCED, CONSTANT, FROM_DEVICE, NBYTES, OFFSET, TAG, TO_DEVICE
 from virtio.ring.doorbell import Doorbell
 from virtio.ring.format import LEGACY, PACKED, SPLIT
+from virtio.ring.layout import Layout, most_segments, queue_bytes
 from virtio.ring.region import Mapping, Pool, Region
-from virtio.ring.requests import Kept, Layout, RequestQueue, most_segments, queue_bytes
+from virtio.ring.requests import Kept, RequestQueue
 from virtio.ring.stats import READ as READ_KIND, Stats
-from virtio.ring.task import BOUNCED, CONSTANT, Task
-from virtio.ring.template import FROM_DEVICE, NBYTES, OFFSET, TAG, TO_DEVICE, Patch, Template
+from virtio.ring.task import Task
+from virtio.ring.template import Patch, Template
 
 IOVA = 1 << 32
 SCSI_MASK = 0xFFFF_0000_FFFF_FFFF  # all of it but the status qualifier
@@ -397,14 +399,14 @@ def abandon(queue):
 def finish(queue, task, seconds=20):
     faults = []
     end = time.monotonic() + seconds
-    while (reason := queue.run(task, 1_000_000, 100_000)) != requests.DONE:
+    while (reason := queue.run(task, 1_000_000, 100_000)) != codes.DONE:
         assert time.monotonic() < end, f"still {reason}"
-        if reason == requests.FAULT:
+        if reason == codes.FAULT:
             for finished in queue.faults():
                 task.fail(finished.token, errno.EIO)
                 faults.append(finished)
         else:
-            assert reason in (requests.TICK, requests.IDLE)
+            assert reason in (codes.TICK, codes.IDLE)
             time.sleep(0)
     return faults
 
@@ -472,7 +474,7 @@ def test_no_more_than_depth_parts_are_in_flight():
     bench = Bench(16)
     data = bench.pool.take(512 * 10)
     task = Task(READ, memoryview(array("Q", range(0, 5120, 512))), 512, 512, base=data.offset, depth=4)
-    assert bench.queue.run(task, 1000, 0) == requests.IDLE
+    assert bench.queue.run(task, 1000, 0) == codes.IDLE
     assert task.active == 4 and len(bench.arrivals()) == 4
 
 
@@ -499,20 +501,20 @@ def test_abandoned_requests_keep_their_slots_until_the_device_returns_them():
     bench = Bench(4)
     data = bench.pool.take(512)
     task = constant(array("Q", [0, 512]), data)
-    assert bench.queue.run(task, 1000, 0) == requests.IDLE
+    assert bench.queue.run(task, 1000, 0) == codes.IDLE
     abandon(bench.queue)
     assert bench.queue.orphans == 2 and bench.queue.in_flight == 2
     heads = bench.arrivals()
     before = [bench.chain(head) for head in heads]
     other = Task(READ, memoryview(array("Q", range(0, 2048, 512))), 512, 512, mode=CONSTANT, base=data.offset)
-    assert bench.queue.run(other, 1000, 0) == requests.IDLE
+    assert bench.queue.run(other, 1000, 0) == codes.IDLE
     assert other.active == 2  # the other two slots are not to be had
     assert [bench.chain(head) for head in heads] == before  # CLN-1
     for head in heads:
         bench.answer(head, b"\0")
-    assert bench.queue.run(other, 1000, 0) == requests.IDLE
+    assert bench.queue.run(other, 1000, 0) == codes.IDLE
     assert other.active == 2 and bench.queue.sweep() and not bench.queue.sweep()
-    assert bench.queue.run(other, 1000, 0) == requests.IDLE
+    assert bench.queue.run(other, 1000, 0) == codes.IDLE
     assert bench.queue.orphans == 0 and other.active == 4 and other.finished == 0
 
 
@@ -642,9 +644,9 @@ def test_a_device_that_breaks_the_ring_stops_the_task(bad):
     bench = Bench(8)
     data = bench.pool.take(512)
     task = Task(READ, memoryview(array("Q", [0])), 512, 512, base=data.offset)
-    assert bench.queue.run(task, 1000, 0) == requests.IDLE
+    assert bench.queue.run(task, 1000, 0) == codes.IDLE
     bench.peer.use(bad)
-    assert bench.queue.run(task, 1000, 0) == requests.BROKEN
+    assert bench.queue.run(task, 1000, 0) == codes.BROKEN
     assert bench.queue.broken and list(task.status) == [-errno.EINPROGRESS]
 
 
@@ -661,14 +663,14 @@ def test_stop_brings_a_spinning_task_back_from_any_thread():
         time.sleep(0)
     bench.queue.stop()
     thread.join(5)
-    assert reasons == [requests.LOST] and bench.queue.stopped
+    assert reasons == [codes.LOST] and bench.queue.stopped
 
 
 def test_a_spin_ends_at_its_slice():
     bench = Bench(8)
     data = bench.pool.take(512)
     task = Task(READ, memoryview(array("Q", [0])), 512, 512, base=data.offset)
-    assert bench.queue.run(task, 1_000_000, 1 << 62) == requests.TICK
+    assert bench.queue.run(task, 1_000_000, 1 << 62) == codes.TICK
 
 
 def test_after_detach_nothing_is_sent_and_no_memory_is_touched():
@@ -677,7 +679,7 @@ def test_after_detach_nothing_is_sent_and_no_memory_is_touched():
     task = Task(READ, memoryview(array("Q", [0])), 512, 512, base=data.offset)
     bench.queue.detach()
     before = bytes(bench.region.view)
-    assert bench.queue.run(task, 1000, 0) == requests.LOST
+    assert bench.queue.run(task, 1000, 0) == codes.LOST
     assert not bench.queue.submit(READ, 0, 512, data.offset, 0)
     bench.queue.kick()
     bench.queue.arm()
@@ -717,7 +719,7 @@ def test_a_part_sent_again_takes_its_place_and_no_other_is_lost():
     data = bench.pool.take(512 * 20)
     task = Task(READ, memoryview(array("Q", range(0, 512 * 20, 512))), 512, 512, base=data.offset)
     failed: set[int] = set()
-    while bench.queue.run(task, 1000, 0) in (requests.IDLE, requests.FAULT):
+    while bench.queue.run(task, 1000, 0) in (codes.IDLE, codes.FAULT):
         for finished in bench.queue.faults():
             assert finished.token not in failed
             failed.add(finished.token)
@@ -756,10 +758,10 @@ def test_what_was_read_with_trouble_is_there_all_the_same():
     bench.queue.run(task, 1000, 0)
     for head, byte in zip(bench.arrivals(), b"ab", strict=True):
         bench.answer(head, b"\1", bytes([byte]) * 1024)
-    assert bench.queue.run(task, 1000, 0) == requests.FAULT
+    assert bench.queue.run(task, 1000, 0) == codes.FAULT
     for finished in bench.queue.faults():
         task.succeed(finished.token, finished.began)
-    assert bench.queue.run(task, 1000, 0) == requests.DONE
+    assert bench.queue.run(task, 1000, 0) == codes.DONE
     assert list(task.status) == [0]
     assert user == b"a" * 1024 + b"b" * 512
     assert stats.counts(READ_KIND)[:2] == (2, 3 * 512)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from virtio.ring.template import OFFSET, Patch, Template
+from virtio.ring.codes import OFFSET
+from virtio.ring.template import Patch, Template
 
 
 def test_a_patch_outside_the_header_is_refused():

@@ -15,8 +15,9 @@ from virtio.device.blk import BlkDevice
 from virtio.device.scsi import ScsiDevice
 from virtio.errors import ProtocolError, RequestTimeout, TransportError
 from virtio.ring import split
+from virtio.ring.codes import FROM_DEVICE, TO_DEVICE
 from virtio.ring.region import Mapping
-from virtio.ring.template import FROM_DEVICE, TO_DEVICE, Template
+from virtio.ring.template import Template
 from virtio.transport.base import RingAreas
 from virtio.transport.pci import Pci, open_pci
 from virtio.transport.pci_legacy import LegacyPci

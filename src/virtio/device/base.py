@@ -24,9 +24,10 @@ from virtio.errors import (
 )
 from virtio.ring.buffer import Buffer, address_of
 from virtio.ring.format import LEGACY, PACKED, SPLIT, RingFormat
+from virtio.ring.layout import ONE_PAGE, Layout, most_segments, queue_bytes
 from virtio.ring.lease import Lease, deadline_in
 from virtio.ring.region import Pool, Region
-from virtio.ring.requests import ONE_PAGE, Layout, RequestQueue, most_segments, queue_bytes
+from virtio.ring.requests import RequestQueue
 from virtio.transport.base import Link, QueuePort, RingAreas, Transport, negotiate
 from virtio.wire.virtio import Feature
 

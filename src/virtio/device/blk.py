@@ -6,9 +6,11 @@ import dataclasses
 import errno
 
 from virtio.errors import DeviceError, ProtocolError, RequestTimeout, TransportError, VirtioError
+from virtio.ring.codes import FROM_DEVICE, NBYTES, OFFSET, TO_DEVICE
+from virtio.ring.layout import Layout
 from virtio.ring.lease import Lease
-from virtio.ring.requests import Finished, Layout
-from virtio.ring.template import FROM_DEVICE, NBYTES, OFFSET, TO_DEVICE, Patch, Template
+from virtio.ring.requests import Finished
+from virtio.ring.template import Patch, Template
 from virtio.wire.blk import (
     ID_SIZE,
     SECTOR_SIZE,

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from virtio.errors import RequestTimeout, TransportError
 from virtio.ring.buffer import Buffer
-from virtio.ring.requests import Finished, Layout
-from virtio.ring.template import FROM_DEVICE, NO_DATA, TAG, TO_DEVICE, Patch, Template
+from virtio.ring.codes import FROM_DEVICE, NO_DATA, TAG, TO_DEVICE
+from virtio.ring.layout import Layout
+from virtio.ring.requests import Finished
+from virtio.ring.template import Patch, Template
 from virtio.wire.virtio_scsi import (
     CDB_SIZE,
     REPORT_LUNS_WLUN,

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias
 
 from virtio.errors import RequestTimeout
+from virtio.ring.layout import Layout
 from virtio.ring.lease import Lease, deadline_in
-from virtio.ring.requests import Layout
 from virtio.ring.template import Template
 from virtio.wire.virtio_scsi import (
     RequestHeader,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from virtio.errors import DeviceError
+from virtio.ring.codes import FROM_DEVICE, NBYTES, NO_DATA, OFFSET, TO_DEVICE
 from virtio.ring.requests import Finished
-from virtio.ring.template import FROM_DEVICE, NBYTES, NO_DATA, OFFSET, TO_DEVICE, Patch, Template
+from virtio.ring.template import Patch, Template
 from virtio.wire import scsi
 from virtio.wire.virtio_scsi import RequestHeader, ScsiConfig, encode_lun
 

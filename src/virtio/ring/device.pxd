@@ -18,14 +18,32 @@ from virtio.ring._mem cimport (
     window,
 )
 from virtio.ring._os cimport signal_eventfd
+from virtio.ring._vring cimport (
+    AT,
+    AVAIL,
+    DESC,
+    DISABLE,
+    ELEM,
+    ENABLE,
+    FAULTY,
+    FLAGS,
+    ID,
+    IDX,
+    INDIRECT,
+    LENGTH,
+    NEXT,
+    NOTHING,
+    NO_INTERRUPT,
+    NO_NOTIFY,
+    RING,
+    USED,
+    WANTS,
+    WRAP,
+    WRITE,
+)
 
-cdef uint32_t _DESC
-cdef uint16_t _NEXT, _WRITE, _INDIRECT, _NO_INTERRUPT, _NO_NOTIFY
-cdef size_t _IDX, _RING, _ELEM, _SPAN, _PIECE
+cdef size_t _SPAN, _PIECE
 cdef uint64_t _MOST_BYTES
-cdef int _EMPTY, _BROKEN
-cdef uint16_t _AVAIL, _USED, _ENABLE, _DISABLE, _AT, _WRAP
-cdef size_t _LENGTH, _ID, _FLAGS, _WANTS
 cdef int _JUMP, _INDEX, _LOOP, _NESTED, _TABLE, _ZERO, _ORDER, _UNMAPPED, _PIECES, _LONG, _TORN, _BUFFER
 
 

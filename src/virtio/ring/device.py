@@ -26,6 +26,29 @@ if not cython.compiled:
         window,
     )
     from virtio.ring._os import signal_eventfd
+    from virtio.ring._vring import (
+        AT,
+        AVAIL,
+        DESC,
+        DISABLE,
+        ELEM,
+        ENABLE,
+        FAULTY,
+        FLAGS,
+        ID,
+        IDX,
+        INDIRECT,
+        LENGTH,
+        NEXT,
+        NO_INTERRUPT,
+        NO_NOTIFY,
+        NOTHING,
+        RING,
+        USED,
+        WANTS,
+        WRAP,
+        WRITE,
+    )
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,20 +58,10 @@ if TYPE_CHECKING:
 SLOTS = 64  # regions in one GuestMemory
 LONGEST = 1024  # entries of an indirect table where the queue is not longer: the most QEMU takes
 
-_DESC = 16  # size of struct virtq_desc (2.7.5)
-_NEXT, _WRITE, _INDIRECT = 1, 2, 4  # its flags
-_IDX, _RING = 2, 4  # offsets in struct virtq_avail and virtq_used (2.7.6, 2.7.8)
-_ELEM = 8  # size of struct virtq_used_elem (2.7.8)
-_NO_INTERRUPT = 1  # VIRTQ_AVAIL_F_NO_INTERRUPT (2.7.6)
-_NO_NOTIFY = 1  # VIRTQ_USED_F_NO_NOTIFY (2.7.8)
 _SPAN = 16  # a row of the region table: guest address, size
 _PIECE = 16  # a row of the chain: region, length, offset in the region
 _MOST_BYTES = 0xFFFFFFFF  # in one chain (2.7.5.2), so that the used length can tell them
-_EMPTY, _BROKEN = -1, -2
 
-_AVAIL, _USED = 1 << 7, 1 << 15  # flags of a packed descriptor, beside those above (2.8.5)
-_LENGTH, _ID, _FLAGS = 8, 12, 14  # offsets in it (2.8.13)
-_WANTS, _ENABLE, _DISABLE, _AT, _WRAP = 2, 0, 1, 2, 1 << 15  # of event suppression (2.8.14)
 
 _JUMP, _INDEX, _LOOP, _NESTED, _TABLE, _ZERO, _ORDER, _UNMAPPED, _PIECES, _LONG, _TORN, _BUFFER = range(12)
 _FAULTS = (
@@ -128,7 +141,7 @@ class DeviceRing:
         self._at, self._used_at = base & 0x7FFF, base >> 16 & 0x7FFF  # positions in a packed ring
         self._lap, self._used_lap = base >> 15 & 1, base >> 31 & 1  # and the wrap counters
         self._fresh = 0  # descriptors that were used since the driver was told
-        self._list_owner = bytearray(_DESC * size if packed else 0)
+        self._list_owner = bytearray(DESC * size if packed else 0)
         self._list = window(self._list_owner)
         self._taken = 0  # descriptors in it
         self._lengths_owner = bytearray(2 * size if packed else 0)  # by buffer: how many it had
@@ -152,9 +165,9 @@ class DeviceRing:
     def attach(self, memory: GuestMemory, desc: memoryview, avail: memoryview, used: memoryview) -> None:
         """Take the three areas (2.7) and the map for buffers; again when the map has changed."""
         for name, area, least in (
-            ("descriptor table", desc, _DESC * self.size),
-            ("available ring", avail, 4 if self.packed else _RING + 2 * self.size + 2),
-            ("used ring", used, 4 if self.packed else _RING + _ELEM * self.size + 2),
+            ("descriptor table", desc, DESC * self.size),
+            ("available ring", avail, 4 if self.packed else RING + 2 * self.size + 2),
+            ("used ring", used, 4 if self.packed else RING + ELEM * self.size + 2),
         ):
             if len(area) < least:
                 raise ValueError(f"{name} of {len(area)} bytes, want {least}")
@@ -164,9 +177,9 @@ class DeviceRing:
         if not self._attached:
             self._attached = True
             if self.packed:
-                store_u16(self._used, _WANTS, _ENABLE)
+                store_u16(self._used, WANTS, ENABLE)
                 return
-            self._used_idx = self._told = load_u16(self._used, _IDX)
+            self._used_idx = self._told = load_u16(self._used, IDX)
             store_u16(self._used, 0, 0)  # flags: with EVENT_IDX they stay so (2.7.10)
 
     def pop(self) -> int:
@@ -176,25 +189,25 @@ class DeviceRing:
         """
         if self.packed:
             return self._pop_packed()
-        pending = (load_acquire_u16(self._avail, _IDX) - self._avail_idx) & 0xFFFF
+        pending = (load_acquire_u16(self._avail, IDX) - self._avail_idx) & 0xFFFF
         if pending == 0:
-            return _EMPTY
+            return NOTHING
         if pending > self.size:
             return self._refuse(_JUMP, pending)
-        head = load_u16(self._avail, _RING + 2 * (self._avail_idx & self._mask))
+        head = load_u16(self._avail, RING + 2 * (self._avail_idx & self._mask))
         if self._walk(head) < 0:
-            return _BROKEN
+            return FAULTY
         self._avail_idx = (self._avail_idx + 1) & 0xFFFF
         self.head = head
         return head
 
     def _is_available(self, at: int, lap: int) -> bool:
-        flags = load_acquire_u16(self._desc, _DESC * at + _FLAGS) & (_AVAIL | _USED)
-        return flags == (_AVAIL if lap else _USED)
+        flags = load_acquire_u16(self._desc, DESC * at + FLAGS) & (AVAIL | USED)
+        return flags == (AVAIL if lap else USED)
 
     def _pop_packed(self) -> int:
         if not self._is_available(self._at, self._lap):
-            return _EMPTY
+            return NOTHING
         at = self._at
         lap = self._lap
         self._taken = 0
@@ -203,21 +216,21 @@ class DeviceRing:
                 return self._refuse(_LOOP, self.size)
             if not self._is_available(at, lap):
                 return self._refuse(_TORN, at)
-            place = _DESC * self._taken
-            store_u64(self._list, place, load_u64(self._desc, _DESC * at))
-            store_u64(self._list, place + 8, load_u64(self._desc, _DESC * at + 8))
+            place = DESC * self._taken
+            store_u64(self._list, place, load_u64(self._desc, DESC * at))
+            store_u64(self._list, place + 8, load_u64(self._desc, DESC * at + 8))
             self._taken += 1
             at += 1
             if at == self.size:
                 at = 0
                 lap ^= 1
-            if not load_u16(self._list, place + _FLAGS) & _NEXT:
+            if not load_u16(self._list, place + FLAGS) & NEXT:
                 break
-        head = load_u16(self._list, place + _ID)
+        head = load_u16(self._list, place + ID)
         if head >= self.size:
             return self._refuse(_BUFFER, head)
         if self._walk(head) < 0:
-            return _BROKEN
+            return FAULTY
         store_u16(self._lengths, 2 * head, self._taken)
         self._at = at
         self._lap = lap
@@ -227,7 +240,7 @@ class DeviceRing:
     def hold(self) -> None:
         """Keep the chain that was popped last, for `again`: what is used may be written over a packed one."""
         if self.packed:
-            self._held[self.head] = bytes(self._list_owner[: _DESC * self._taken])
+            self._held[self.head] = bytes(self._list_owner[: DESC * self._taken])
 
     def again(self, head: int) -> int:
         """Take up a chain that was popped, told to `hold` and not pushed yet, in place of the last: as `pop`.
@@ -238,9 +251,9 @@ class DeviceRing:
         if self.packed:
             kept = self._held.pop(head)
             self._list_owner[: len(kept)] = kept
-            self._taken = len(kept) // _DESC
+            self._taken = len(kept) // DESC
         if self._walk(head) < 0:
-            return _BROKEN
+            return FAULTY
         self.head = head
         return head
 
@@ -263,20 +276,20 @@ class DeviceRing:
             if left == 0:
                 return self._refuse(_LOOP, count)
             left -= 1
-            at = base + _DESC * index
+            at = base + DESC * index
             address = load_u64(table, at)
             length = load_u32(table, at + 8)
             flags = load_u16(table, at + 12)
             following = load_u16(table, at + 14)
             if self.packed:  # in order, to the end of the list or table (2.8.6, 2.8.7)
-                flags = load_u16(table, at + _FLAGS) & (_WRITE | (0 if nested else _INDIRECT))
+                flags = load_u16(table, at + FLAGS) & (WRITE | (0 if nested else INDIRECT))
                 following = index + 1
                 if following < count:
-                    flags |= _NEXT
-            if flags & _INDIRECT:
-                if nested or not self.indirect or flags & _NEXT or (self.packed and index):
+                    flags |= NEXT
+            if flags & INDIRECT:
+                if nested or not self.indirect or flags & NEXT or (self.packed and index):
                     return self._refuse(_NESTED, flags)
-                if length == 0 or length % _DESC or length > _DESC * self._most:
+                if length == 0 or length % DESC or length > DESC * self._most:
                     return self._refuse(_TABLE, length)
                 region = self._memory.locate(address)
                 if region < 0 or self._memory.room < length or address % 8:
@@ -284,12 +297,12 @@ class DeviceRing:
                 nested = True
                 table = self._memory._windows[region]
                 base = self._memory.offset
-                count = left = length // _DESC
+                count = left = length // DESC
                 index = 0
                 continue
             if length == 0:
                 return self._refuse(_ZERO, address)
-            if flags & _WRITE:
+            if flags & WRITE:
                 self.writable += length
             elif self.writable:
                 return self._refuse(_ORDER, address)
@@ -311,9 +324,9 @@ class DeviceRing:
                 self._count += 1
                 address += taken
                 length -= taken
-            if not flags & _WRITE:
+            if not flags & WRITE:
                 self._split = self._count
-            if not flags & _NEXT:
+            if not flags & NEXT:
                 break
             index = following
         if self.readable + self.writable > _MOST_BYTES:
@@ -323,7 +336,7 @@ class DeviceRing:
     def _refuse(self, why: int, what: int) -> int:
         self._why = why
         self._what = what
-        return _BROKEN
+        return FAULTY
 
     def fault(self) -> str:
         """What was wrong when `pop` said -2."""
@@ -374,18 +387,18 @@ class DeviceRing:
         if self.packed:
             self._push_packed(head, written)
             return
-        element = _RING + _ELEM * (self._used_idx & self._mask)
+        element = RING + ELEM * (self._used_idx & self._mask)
         store_u32(self._used, element, head)
         store_u32(self._used, element + 4, written)
         self._used_idx = (self._used_idx + 1) & 0xFFFF
-        store_release_u16(self._used, _IDX, self._used_idx)
+        store_release_u16(self._used, IDX, self._used_idx)
 
     def _push_packed(self, head: int, written: int) -> None:
-        place = _DESC * self._used_at
-        store_u32(self._desc, place + _LENGTH, written)
-        store_u16(self._desc, place + _ID, head)
-        flags = _AVAIL | _USED if self._used_lap else 0
-        store_release_u16(self._desc, place + _FLAGS, flags | (_WRITE if written else 0))
+        place = DESC * self._used_at
+        store_u32(self._desc, place + LENGTH, written)
+        store_u16(self._desc, place + ID, head)
+        flags = AVAIL | USED if self._used_lap else 0
+        store_release_u16(self._desc, place + FLAGS, flags | (WRITE if written else 0))
         length = load_u16(self._lengths, 2 * head)
         self._fresh += length
         self._used_at += length
@@ -402,9 +415,9 @@ class DeviceRing:
         full_fence()  # the descriptors go out before the driver's wish comes in
         wish = load_u32(self._avail, 0)
         wants = wish >> 16 & 3
-        if wants != _AT or not self.event_idx:
-            return wants != _DISABLE
-        event = wish & _WRAP - 1
+        if wants != AT or not self.event_idx:
+            return wants != DISABLE
+        event = wish & WRAP - 1
         if (wish >> 15 & 1) != self._used_lap:
             event -= self.size
         passed = self._used_at
@@ -423,11 +436,11 @@ class DeviceRing:
         self._told = self._used_idx
         full_fence()  # the index goes out before flags or event come in
         if self.event_idx:
-            event = load_u16(self._avail, _RING + 2 * self.size)
+            event = load_u16(self._avail, RING + 2 * self.size)
             passed = (self._used_idx - event - 1) & 0xFFFF
             wanted = passed < ((self._used_idx - old) & 0xFFFF)
         else:
-            wanted = not load_u16(self._avail, 0) & _NO_INTERRUPT
+            wanted = not load_u16(self._avail, 0) & NO_INTERRUPT
         if wanted and self.call_fd >= 0:
             return signal_eventfd(self.call_fd)
         return 0
@@ -437,24 +450,24 @@ class DeviceRing:
         if self.packed:
             if self.event_idx:
                 store_u16(self._used, 0, self._at | self._lap << 15)
-                store_release_u16(self._used, _WANTS, _AT)
+                store_release_u16(self._used, WANTS, AT)
             else:
-                store_u16(self._used, _WANTS, _ENABLE)
+                store_u16(self._used, WANTS, ENABLE)
             full_fence()
             return not self._is_available(self._at, self._lap)
         if self.event_idx:
-            store_u16(self._used, _RING + _ELEM * self.size, self._avail_idx)
+            store_u16(self._used, RING + ELEM * self.size, self._avail_idx)
         else:
             store_u16(self._used, 0, 0)
         full_fence()  # the request goes out before the available index comes in (2.7.10)
-        return load_acquire_u16(self._avail, _IDX) == self._avail_idx
+        return load_acquire_u16(self._avail, IDX) == self._avail_idx
 
     def disarm(self) -> None:
         """Ask for no kicks: a hint, which the driver may ignore (2.7.10)."""
         if self.packed:
-            store_u16(self._used, _WANTS, _DISABLE)
+            store_u16(self._used, WANTS, DISABLE)
         elif self.event_idx:
             # An index that was just passed is met again only after 65,535 more buffers.
-            store_u16(self._used, _RING + _ELEM * self.size, (self._avail_idx - 1) & 0xFFFF)
+            store_u16(self._used, RING + ELEM * self.size, (self._avail_idx - 1) & 0xFFFF)
         else:
-            store_u16(self._used, 0, _NO_NOTIFY)
+            store_u16(self._used, 0, NO_NOTIFY)

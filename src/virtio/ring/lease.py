@@ -22,21 +22,9 @@ from virtio.errors import (
     VirtioError,
 )
 from virtio.ring import eventfd
-from virtio.ring.requests import (
-    BROKEN,
-    DONE,
-    FAULT,
-    IDLE,
-    LOST,
-    PAUSED,
-    TICK,
-    UNFIT,
-    Finished,
-    Kept,
-    RequestQueue,
-)
+from virtio.ring.codes import BROKEN, DONE, FAULT, FROM_DEVICE, IDLE, LOST, PAUSED, TICK, UNFIT
+from virtio.ring.requests import Finished, Kept, RequestQueue
 from virtio.ring.task import Task
-from virtio.ring.template import FROM_DEVICE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

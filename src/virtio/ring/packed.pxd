@@ -19,10 +19,24 @@ from virtio.ring._mem cimport (
     store_u64,
     window,
 )
-
-cdef size_t _DESC, _LENGTH, _ID, _FLAGS, _OFF_WRAP, _WANTS
-cdef uint16_t _NEXT, _WRITE, _AVAIL, _USED, _ENABLE, _DISABLE, _AT, _WRAP
-cdef int _EMPTY, _BROKEN
+from virtio.ring._vring cimport (
+    AT,
+    AVAIL,
+    DESC,
+    DISABLE,
+    ENABLE,
+    FAULTY,
+    FLAGS,
+    ID,
+    LENGTH,
+    NEXT,
+    NOTHING,
+    OFF_WRAP,
+    USED,
+    WANTS,
+    WRAP,
+    WRITE,
+)
 
 
 @cython.final

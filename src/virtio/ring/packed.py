@@ -26,16 +26,26 @@ if not cython.compiled:
         store_u64,
         window,
     )
+    from virtio.ring._vring import (
+        AT,
+        AVAIL,
+        DESC,
+        DISABLE,
+        ENABLE,
+        FAULTY,
+        FLAGS,
+        ID,
+        LENGTH,
+        NEXT,
+        NOTHING,
+        OFF_WRAP,
+        USED,
+        WANTS,
+        WRAP,
+        WRITE,
+    )
 
 MAX_SIZE = 32768  # 2.8
-_DESC = 16  # size of struct pvirtq_desc (2.8.13); and of a private one
-_LENGTH, _ID, _FLAGS = 8, 12, 14  # in it
-_NEXT, _WRITE = 1, 2  # descriptor flags (2.8.5)
-_AVAIL, _USED = 1 << 7, 1 << 15
-_OFF_WRAP, _WANTS = 0, 2  # in struct pvirtq_event_suppress (2.8.14)
-_ENABLE, _DISABLE, _AT = 0, 1, 2  # what it may want
-_WRAP = 1 << 15  # in the wrap counter and offset of an event
-_EMPTY, _BROKEN = -1, -2
 _LINE = 64
 
 
@@ -47,7 +57,7 @@ def areas(size: int) -> tuple[int, int, int]:
     """
     if not 0 < size <= MAX_SIZE:
         raise ValueError(f"queue size {size} is not from 1 to {MAX_SIZE}")
-    driver = (_DESC * size + _LINE - 1) & ~(_LINE - 1)
+    driver = (DESC * size + _LINE - 1) & ~(_LINE - 1)
     return driver, driver + _LINE, driver + 2 * _LINE
 
 
@@ -64,7 +74,7 @@ class PackedRing:
         self.size = size
         self.event_idx = event_idx
         self.used_length = 0
-        self._table_owner = bytearray(_DESC * size)
+        self._table_owner = bytearray(DESC * size)
         self._table = window(self._table_owner)
         self._counts_owner = bytearray(2 * size)  # of each head: how many descriptors it takes in the ring
         self._counts = window(self._counts_owner)
@@ -77,7 +87,7 @@ class PackedRing:
         fill(self._given, 0, 0, self.size)
         # Private state: the device may scribble on anything in shared memory.
         self._next = self._used = 0  # positions in the ring
-        self._bits = _AVAIL  # flags of what is made available: those of the wrap counter
+        self._bits = AVAIL  # flags of what is made available: those of the wrap counter
         self._used_wrap = True
         self._outstanding = 0
         self._first = self._first_flags = 0  # what `publish` shows
@@ -92,9 +102,9 @@ class PackedRing:
         """Whether the device has used all that it was given, reaped or not."""
         at, wrap, left = self._used, self._used_wrap, self._outstanding
         while left:
-            flags = load_acquire_u16(self._mem, _DESC * at + _FLAGS)
-            head = load_u16(self._mem, _DESC * at + _ID)
-            if bool(flags & _AVAIL) != wrap or bool(flags & _USED) != wrap or head >= self.size:
+            flags = load_acquire_u16(self._mem, DESC * at + FLAGS)
+            head = load_u16(self._mem, DESC * at + ID)
+            if bool(flags & AVAIL) != wrap or bool(flags & USED) != wrap or head >= self.size:
                 return False
             at += max(1, load_u16(self._counts, 2 * head))
             if at >= self.size:
@@ -115,15 +125,15 @@ class PackedRing:
 
     def describe(self, index: int, address: int, length: int, flags: int, following: int) -> None:
         """Fill a descriptor of a head that the device does not have (2.8.6); `following` is an index too."""
-        descriptor = _DESC * index
+        descriptor = DESC * index
         store_u64(self._table, descriptor, address)
-        store_u32(self._table, descriptor + _LENGTH, length)
-        store_u16(self._table, descriptor + _ID, following)
-        store_u16(self._table, descriptor + _FLAGS, flags)
+        store_u32(self._table, descriptor + LENGTH, length)
+        store_u16(self._table, descriptor + ID, following)
+        store_u16(self._table, descriptor + FLAGS, flags)
 
     def redirect(self, index: int, address: int) -> None:
         """Change only the address of a descriptor of a head that the device does not have."""
-        store_u64(self._table, _DESC * index, address)
+        store_u64(self._table, DESC * index, address)
 
     def offer(self, head: int) -> None:
         """Put a head in the ring, unseen by the device until `publish` (2.8.21.1).
@@ -135,25 +145,25 @@ class PackedRing:
         index = head
         count = 0
         while True:
-            source = _DESC * index
-            place = _DESC * at
+            source = DESC * index
+            place = DESC * at
             store_u64(self._mem, place, load_u64(self._table, source))
-            store_u32(self._mem, place + _LENGTH, load_u32(self._table, source + _LENGTH))
-            store_u16(self._mem, place + _ID, head)
-            flags = load_u16(self._table, source + _FLAGS)
+            store_u32(self._mem, place + LENGTH, load_u32(self._table, source + LENGTH))
+            store_u16(self._mem, place + ID, head)
+            flags = load_u16(self._table, source + FLAGS)
             if count:
-                store_u16(self._mem, place + _FLAGS, flags | bits)
+                store_u16(self._mem, place + FLAGS, flags | bits)
             count += 1
             at += 1
             if at == self.size:
                 at = 0
-                bits ^= _AVAIL | _USED
-            if not flags & _NEXT:
+                bits ^= AVAIL | USED
+            if not flags & NEXT:
                 break
-            index = load_u16(self._table, source + _ID)
-        flags = load_u16(self._table, _DESC * head + _FLAGS) | first_bits
+            index = load_u16(self._table, source + ID)
+        flags = load_u16(self._table, DESC * head + FLAGS) | first_bits
         if self._offered:
-            store_release_u16(self._mem, _DESC * first + _FLAGS, flags)
+            store_release_u16(self._mem, DESC * first + FLAGS, flags)
         else:
             self._first = first
             self._first_flags = flags
@@ -168,17 +178,17 @@ class PackedRing:
         """Show the device what was offered; true when it wants to be notified (2.8.21.3)."""
         if self._offered == 0:
             return False
-        store_release_u16(self._mem, _DESC * self._first + _FLAGS, self._first_flags)
+        store_release_u16(self._mem, DESC * self._first + FLAGS, self._first_flags)
         count = self._offered
         self._offered = 0
         full_fence()  # the descriptors go out before the device's wish comes in (2.8.21.3.1)
         wish = load_u32(self._mem, self._device)  # in one piece
         wants = wish >> 16 & 3
-        if wants != _AT or not self.event_idx:
-            return wants != _DISABLE
+        if wants != AT or not self.event_idx:
+            return wants != DISABLE
         # As positions since the ring's beginning: those before the last wrap are negative.
-        event = wish & _WRAP - 1
-        lap = _AVAIL if wish & _WRAP else _USED  # as flags of what is made available in it
+        event = wish & WRAP - 1
+        lap = AVAIL if wish & WRAP else USED  # as flags of what is made available in it
         if lap != self._bits:
             event -= self.size
         passed = self._next
@@ -187,19 +197,19 @@ class PackedRing:
 
     def reap(self) -> int:
         """Take the next used head (2.8.22): the head, -1 if there is none, -2 if the device erred."""
-        place = _DESC * self._used
-        flags = load_acquire_u16(self._mem, place + _FLAGS)
+        place = DESC * self._used
+        flags = load_acquire_u16(self._mem, place + FLAGS)
         if self._used_wrap:
-            if flags & (_AVAIL | _USED) != _AVAIL | _USED:
-                return _EMPTY
-        elif flags & (_AVAIL | _USED):
-            return _EMPTY
+            if flags & (AVAIL | USED) != AVAIL | USED:
+                return NOTHING
+        elif flags & (AVAIL | USED):
+            return NOTHING
         if self._outstanding == 0:
-            return _BROKEN
-        head = load_u16(self._mem, place + _ID)
+            return FAULTY
+        head = load_u16(self._mem, place + ID)
         if head >= self.size or not load_u8(self._given, head):
-            return _BROKEN
-        self.used_length = load_u32(self._mem, place + _LENGTH) if flags & _WRITE else 0
+            return FAULTY
+        self.used_length = load_u32(self._mem, place + LENGTH) if flags & WRITE else 0
         store_u8(self._given, head, 0)
         self._outstanding -= 1
         self._used += load_u16(self._counts, 2 * head)
@@ -212,21 +222,21 @@ class PackedRing:
         """What was wrong when `reap` said -2: for the error message, read anew."""
         if self._outstanding == 0:
             return f"descriptor {self._used} is marked used with no buffers outstanding"
-        head = load_u16(self._mem, _DESC * self._used + _ID)
+        head = load_u16(self._mem, DESC * self._used + ID)
         return f"used id {head} is not an outstanding buffer of {self.size}"
 
     def arm(self) -> bool:
         """Ask for an interrupt at the next used buffer; true when there is none yet: sleep then."""
         if self.event_idx:
-            store_u16(self._mem, self._driver + _OFF_WRAP, self._used | (_WRAP if self._used_wrap else 0))
-            store_release_u16(self._mem, self._driver + _WANTS, _AT)
+            store_u16(self._mem, self._driver + OFF_WRAP, self._used | (WRAP if self._used_wrap else 0))
+            store_release_u16(self._mem, self._driver + WANTS, AT)
         else:
-            store_u16(self._mem, self._driver + _WANTS, _ENABLE)
+            store_u16(self._mem, self._driver + WANTS, ENABLE)
         full_fence()  # the wish goes out before the descriptor comes in
-        flags = load_acquire_u16(self._mem, _DESC * self._used + _FLAGS)
-        both = _AVAIL | _USED
+        flags = load_acquire_u16(self._mem, DESC * self._used + FLAGS)
+        both = AVAIL | USED
         return flags & both != (both if self._used_wrap else 0)
 
     def disarm(self) -> None:
         """Ask for no interrupts: a hint, which the device may ignore (2.8.14)."""
-        store_u16(self._mem, self._driver + _WANTS, _DISABLE)
+        store_u16(self._mem, self._driver + WANTS, DISABLE)

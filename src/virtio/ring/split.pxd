@@ -18,10 +18,17 @@ from virtio.ring._mem cimport (
     store_u64,
     window,
 )
-
-cdef size_t _DESC, _IDX, _RING, _ELEM, _EVENT
-cdef uint16_t _NO_INTERRUPT, _NO_NOTIFY
-cdef int _EMPTY, _BROKEN
+from virtio.ring._vring cimport (
+    DESC,
+    ELEM,
+    EVENT,
+    FAULTY,
+    IDX,
+    NOTHING,
+    NO_INTERRUPT,
+    NO_NOTIFY,
+    RING,
+)
 
 
 @cython.final

@@ -24,17 +24,20 @@ if not cython.compiled:
         store_u64,
         window,
     )
+    from virtio.ring._vring import (
+        DESC,
+        ELEM,
+        EVENT,
+        FAULTY,
+        IDX,
+        NO_INTERRUPT,
+        NO_NOTIFY,
+        NOTHING,
+        RING,
+    )
 
 MAX_SIZE = 32768  # 2.7
-_DESC = 16  # size of struct virtq_desc (2.7.5)
-_IDX, _RING = 2, 4  # offsets in struct virtq_avail and virtq_used (2.7.6, 2.7.8)
-_ELEM = 8  # size of struct virtq_used_elem (2.7.8)
-_EVENT = 2  # size of used_event, and of avail_event
-_NO_INTERRUPT = 1  # VIRTQ_AVAIL_F_NO_INTERRUPT (2.7.6)
-_NO_NOTIFY = 1  # VIRTQ_USED_F_NO_NOTIFY (2.7.8)
-_EMPTY, _BROKEN = -1, -2
 
-NEXT, WRITE, INDIRECT = 1, 2, 4  # descriptor flags (2.7.5)
 ALIGN, LEGACY_ALIGN = 64, 4096  # of the used ring: ours, and the only one before version 1 (2.7.2)
 
 
@@ -50,9 +53,9 @@ def areas(size: int, align: int = ALIGN) -> tuple[int, int, int]:
     """
     if not 0 < size <= MAX_SIZE or size & (size - 1):
         raise ValueError(f"queue size {size} is not a power of two from 1 to {MAX_SIZE}")
-    available = _DESC * size
-    used = _up(available + _RING + 2 * size + 2, align)
-    return available, used, _up(used + _RING + _ELEM * size + 2, align)
+    available = DESC * size
+    used = _up(available + RING + 2 * size + 2, align)
+    return available, used, _up(used + RING + ELEM * size + 2, align)
 
 
 def room(size: int, event_idx: bool, align: int = ALIGN) -> tuple[range, range]:
@@ -62,10 +65,10 @@ def room(size: int, event_idx: bool, align: int = ALIGN) -> tuple[range, range]:
     not, as a device might write them all the same.
     """
     available, used, _ = areas(size, align)
-    event = _EVENT if event_idx else 0
+    event = EVENT if event_idx else 0
     return (
-        _left(available, available + _RING + 2 * size + event),
-        _left(used, used + _RING + _ELEM * size + _EVENT),
+        _left(available, available + RING + 2 * size + event),
+        _left(used, used + RING + ELEM * size + EVENT),
     )
 
 
@@ -101,7 +104,7 @@ class SplitRing:
 
     def idle(self) -> bool:
         """Whether the device has used all that it was given, reaped or not."""
-        return load_acquire_u16(self._mem, self._used + _IDX) == self._published
+        return load_acquire_u16(self._mem, self._used + IDX) == self._published
 
     def detach(self) -> None:
         """Let go of the memory: from now on the ring works on bytes of its own, for nobody."""
@@ -111,16 +114,16 @@ class SplitRing:
     def rewind(self) -> None:
         """Begin anew from index 0, for a device that was reset; descriptors stay as they are."""
         # No byte more: there may be headers and responses behind each.
-        event = _EVENT if self.event_idx else 0
-        fill(self._mem, self._avail, 0, _RING + 2 * self.size + event)
-        fill(self._mem, self._used, 0, _RING + _ELEM * self.size + _EVENT)
+        event = EVENT if self.event_idx else 0
+        fill(self._mem, self._avail, 0, RING + 2 * self.size + event)
+        fill(self._mem, self._used, 0, RING + ELEM * self.size + EVENT)
         fill(self._given, 0, 0, self.size)
         self._avail_idx = self._published = self._used_idx = 0
         self.disarm()
 
     def describe(self, index: int, address: int, length: int, flags: int, following: int) -> None:
         """Fill a descriptor of a head that the device does not have (2.7.5)."""
-        descriptor = _DESC * index
+        descriptor = DESC * index
         store_u64(self._mem, descriptor, address)
         store_u32(self._mem, descriptor + 8, length)
         store_u16(self._mem, descriptor + 12, flags)
@@ -128,12 +131,12 @@ class SplitRing:
 
     def redirect(self, index: int, address: int) -> None:
         """Change only the address of a descriptor of a head that the device does not have."""
-        store_u64(self._mem, _DESC * index, address)
+        store_u64(self._mem, DESC * index, address)
 
     def offer(self, head: int) -> None:
         """Put a head on the available ring, unseen by the device until `publish` (2.7.13.2)."""
         slot = self._avail_idx & self._mask
-        store_u16(self._mem, self._avail + _RING + 2 * slot, head)
+        store_u16(self._mem, self._avail + RING + 2 * slot, head)
         store_u8(self._given, head, 1)
         self._avail_idx = (self._avail_idx + 1) & 0xFFFF
 
@@ -142,14 +145,14 @@ class SplitRing:
         if self._published == self._avail_idx:
             return False
         old = self._published
-        store_release_u16(self._mem, self._avail + _IDX, self._avail_idx)
+        store_release_u16(self._mem, self._avail + IDX, self._avail_idx)
         self._published = self._avail_idx
         full_fence()  # the index goes out before flags or event come in (2.7.13.4.1)
         if self.event_idx:
-            event = load_u16(self._mem, self._used + _RING + _ELEM * self.size)
+            event = load_u16(self._mem, self._used + RING + ELEM * self.size)
             passed = (self._avail_idx - event - 1) & 0xFFFF
             return passed < ((self._avail_idx - old) & 0xFFFF)
-        return not load_u16(self._mem, self._used) & _NO_NOTIFY
+        return not load_u16(self._mem, self._used) & NO_NOTIFY
 
     def reap(self) -> int:
         """Take the next used head (2.7.14): the head, -1 if there is none, -2 if the device erred.
@@ -157,16 +160,16 @@ class SplitRing:
         `used_length` is the length that the device claims; only a bound for replies, never a
         proof of success (2.7.8.2).
         """
-        end = load_acquire_u16(self._mem, self._used + _IDX)
+        end = load_acquire_u16(self._mem, self._used + IDX)
         pending = (end - self._used_idx) & 0xFFFF
         if pending == 0:
-            return _EMPTY
+            return NOTHING
         if pending > self.outstanding():
-            return _BROKEN
-        element = self._used + _RING + _ELEM * (self._used_idx & self._mask)
+            return FAULTY
+        element = self._used + RING + ELEM * (self._used_idx & self._mask)
         head = load_u32(self._mem, element)
         if head >= self.size or not load_u8(self._given, head):
-            return _BROKEN
+            return FAULTY
         self.used_length = load_u32(self._mem, element + 4)
         store_u8(self._given, head, 0)
         self._used_idx = (self._used_idx + 1) & 0xFFFF
@@ -174,26 +177,26 @@ class SplitRing:
 
     def fault(self) -> str:
         """What was wrong when `reap` said -2: for the error message, read anew."""
-        end = load_acquire_u16(self._mem, self._used + _IDX)
+        end = load_acquire_u16(self._mem, self._used + IDX)
         pending = (end - self._used_idx) & 0xFFFF
         if pending > self.outstanding():
             return f"used index moved by {pending} with {self.outstanding()} buffers outstanding"
-        element = self._used + _RING + _ELEM * (self._used_idx & self._mask)
+        element = self._used + RING + ELEM * (self._used_idx & self._mask)
         return f"used id {load_u32(self._mem, element)} is not an outstanding head of {self.size}"
 
     def arm(self) -> bool:
         """Ask for an interrupt at the next used buffer; true when there is none yet: sleep then."""
         if self.event_idx:
-            store_u16(self._mem, self._avail + _RING + 2 * self.size, self._used_idx)
+            store_u16(self._mem, self._avail + RING + 2 * self.size, self._used_idx)
         else:
             store_u16(self._mem, self._avail, 0)
         full_fence()  # the request goes out before the used index comes in (2.7.7)
-        return load_acquire_u16(self._mem, self._used + _IDX) == self._used_idx
+        return load_acquire_u16(self._mem, self._used + IDX) == self._used_idx
 
     def disarm(self) -> None:
         """Ask for no interrupts: a hint, which the device may ignore (2.7.7)."""
         if self.event_idx:
             # An index that was just passed is met again only after 65,535 more buffers.
-            store_u16(self._mem, self._avail + _RING + 2 * self.size, self._used_idx - 1 & 0xFFFF)
+            store_u16(self._mem, self._avail + RING + 2 * self.size, self._used_idx - 1 & 0xFFFF)
         else:
-            store_u16(self._mem, self._avail, _NO_INTERRUPT)
+            store_u16(self._mem, self._avail, NO_INTERRUPT)

@@ -13,6 +13,17 @@ if not cython.compiled:
     from virtio.ring._mem import load_acquire_u32, load_u16, load_u32, load_u64, store_u32, store_u64
     from virtio.ring._os import ticks
     from virtio.ring.buffer import Buffer
+    from virtio.ring.codes import (
+        AWAITED,
+        BEGAN,
+        KIND,
+        NBYTES_AT,
+        NOBODY,
+        OWNER,
+        RECORD_BYTES,
+        RESULT,
+        TOKEN,
+    )
     from virtio.ring.requests import RequestQueue
     from virtio.ring.stats import Stats
     from virtio.ring.template import Template
@@ -25,11 +36,6 @@ if TYPE_CHECKING:
 
     # The token of a request that is back, and its error, or None if all went well.
     Completion: TypeAlias = tuple[int, DeviceError | None]
-
-_RECORD = 64  # a slot's private record, as in `requests`
-_LENGTH, _TOKEN, _RESULT, _TIME, _OWNER, _KIND = 8, 32, 40, 48, 56, 62
-_NOBODY = 0xFFFFFFFF
-_AWAITED = 4  # a slot's state, as in `requests`
 
 
 class Geometry:
@@ -181,14 +187,14 @@ class Submitter:
                 or queue.broken
             ):
                 return -1
-            slot = queue._start(template, offset, nbytes, buffer.offset, 0, _AWAITED)
+            slot = queue._start(template, offset, nbytes, buffer.offset, 0, AWAITED)
             if slot < 0:
                 return -1
-            record = _RECORD * slot
+            record = RECORD_BYTES * slot
             buffer.busy += 1
             queue._kept[slot] = buffer
-            store_u32(queue._records, record + _OWNER, self.own)
-            store_u64(queue._records, record + _TIME, ticks() if self.stats.on else 0)
+            store_u32(queue._records, record + OWNER, self.own)
+            store_u64(queue._records, record + BEGAN, ticks() if self.stats.on else 0)
             self.budget.in_flight += 1
             with cython.nogil:
                 done = queue.await_slot(slot, spin_ns)
@@ -222,12 +228,12 @@ class Submitter:
             said: Finished | bool = False
             for _ in range(queue._ended_count):
                 slot = queue._next_ended()
-                whose = load_u32(queue._records, _RECORD * slot + _OWNER)
-                if whose == _NOBODY:
+                whose = load_u32(queue._records, RECORD_BYTES * slot + OWNER)
+                if whose == NOBODY:
                     queue._lose_orphan(slot)
                 elif whose != self.own:
                     queue._put_ended(slot)
-                elif load_u64(queue._records, _RECORD * slot + _RESULT) == 0:
+                elif load_u64(queue._records, RECORD_BYTES * slot + RESULT) == 0:
                     self._close(slot)
                     said = True
                 else:
@@ -285,7 +291,7 @@ class Submitter:
             self.budget.in_flight += 1
             slot = load_u16(self.queue._free, 2 * self.queue._free_count)  # the one just taken
             began = ticks() if self.stats.on else 0
-            store_u64(self.queue._records, _RECORD * slot + _TIME, began)
+            store_u64(self.queue._records, RECORD_BYTES * slot + BEGAN, began)
         elif buffer is not None:
             buffer.busy -= 1
         return sent
@@ -340,10 +346,10 @@ class Submitter:
             if len(completions) >= limit:
                 break
             slot = queue._next_ended()
-            whose = load_u32(queue._records, _RECORD * slot + _OWNER)
+            whose = load_u32(queue._records, RECORD_BYTES * slot + OWNER)
             if whose == self.owner:
-                token = load_u64(queue._records, _RECORD * slot + _TOKEN)
-                if load_u64(queue._records, _RECORD * slot + _RESULT) == 0:
+                token = load_u64(queue._records, RECORD_BYTES * slot + TOKEN)
+                if load_u64(queue._records, RECORD_BYTES * slot + RESULT) == 0:
                     if self.stats.on:
                         if now == 0:
                             now = ticks()
@@ -364,18 +370,18 @@ class Submitter:
                         self._count(slot, ticks())
                     completions.append((token, self._error))
                     self._error = None
-            elif whose == _NOBODY:
+            elif whose == NOBODY:
                 queue._lose_orphan(slot)
             else:
                 queue._put_ended(slot)
         return completions
 
     def _count(self, slot: int, now: int) -> None:
-        record = _RECORD * slot
+        record = RECORD_BYTES * slot
         self.stats.count(
-            load_u16(self.queue._records, record + _KIND),
-            load_u64(self.queue._records, record + _LENGTH),
-            load_u64(self.queue._records, record + _TIME),
+            load_u16(self.queue._records, record + KIND),
+            load_u64(self.queue._records, record + NBYTES_AT),
+            load_u64(self.queue._records, record + BEGAN),
             now,
         )
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 import cython
 
 from virtio.errors import RequestError
+from virtio.ring.codes import BOUNCED, CONSTANT, IN_PLACE, LOADED, NO_DATA
 from virtio.ring.load import UNLIMITED
-from virtio.ring.template import NO_DATA
 
 if not cython.compiled:
     from virtio.ring._mem import (
@@ -32,10 +32,6 @@ if TYPE_CHECKING:
     from virtio.ring.load import Load
     from virtio.ring.stats import Stats
     from virtio.ring.template import Template
-
-# How a task finds the data of its parts: in place in the region, always the same bytes, through
-# bounce cells, or in cells of whose content nothing becomes (a load).
-IN_PLACE, CONSTANT, BOUNCED, LOADED = 0, 1, 2, 3
 
 _EINPROGRESS = errno.EINPROGRESS
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import cython
 
+from virtio.ring.codes import FROM_DEVICE, NO_DATA, TO_DEVICE
 from virtio.ring.stats import OTHER, READ, UNMAP, WRITE
 
 if not cython.compiled:
@@ -15,11 +16,6 @@ if not cython.compiled:
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-# Where a request's data is.
-NO_DATA, TO_DEVICE, FROM_DEVICE = 0, 1, 2
-# What a patch stores.
-OFFSET, NBYTES, TAG = 0, 1, 2
 
 _keys = itertools.count(1)
 
