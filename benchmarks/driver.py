@@ -79,13 +79,16 @@ def once(way: str, channel: Channel, transport: NullTransport, requests: int) ->
     return took / (requests // ITEMS * ITEMS if way == "batch" else requests)
 
 
-def measure(turns: int, requests: int) -> dict[str, dict[str, list[float]]]:
-    """By way in and layout, what each turn came to."""
-    figures: dict[str, dict[str, list[float]]] = {way: {layout: [] for layout in LAYOUTS} for way in WAYS}
+def measure(
+    turns: int, requests: int, wants: Callable[[str], bool] = lambda way: True
+) -> dict[str, dict[str, list[float]]]:
+    """By way in and layout, what each turn came to; of the ways that are wanted."""
+    ways = [way for way in WAYS if wants(way)]
+    figures: dict[str, dict[str, list[float]]] = {way: {layout: [] for layout in LAYOUTS} for way in ways}
     with ExitStack() as stack:
         channels = {layout: stack.enter_context(null_channel(layout)) for layout in LAYOUTS}
         for _ in range(turns):
-            for way in WAYS:
+            for way in ways:
                 for layout, (channel, transport) in channels.items():
                     figures[way][layout].append(once(way, channel, transport, requests))
     return figures

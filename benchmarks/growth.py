@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import virtio.target
@@ -16,13 +16,18 @@ from virtio_bdev import bench
 Values = dict[str, list[float]]
 
 
-def measure(turns: int) -> Iterator[tuple[str, str, Values]]:
-    """What, unit, and figures by how many there were."""
-    yield "start of Python with the library", "ms", _starts(turns)
-    yield "a request, one queue of several, embedded target", "ns", _queues(turns)
-    yield "attaching so many disks", "ms a disk", _disks(turns, memory=False)
-    yield "memory of an attached disk, 1 queue", "KiB", _disks(turns, memory=True)
-    yield "attaching a controller of so many units", "ms", _units(turns)
+def measure(turns: int, wants: Callable[[str], bool]) -> Iterator[tuple[str, str, Values]]:
+    """What, unit, and figures by how many there were, of what is wanted."""
+    rows: dict[str, tuple[str, Callable[[int], Values]]] = {
+        "start of Python with the library": ("ms", _starts),
+        "a request, one queue of several, embedded target": ("ns", _queues),
+        "attaching so many disks": ("ms a disk", _attached),
+        "memory of an attached disk, 1 queue": ("KiB", _held),
+        "attaching a controller of so many units": ("ms", _units),
+    }
+    for what, (unit, measured) in rows.items():
+        if wants(what):
+            yield what, unit, measured(turns)
 
 
 def _starts(turns: int) -> Values:
@@ -51,12 +56,21 @@ def _queues(turns: int) -> Values:
     return values
 
 
-def _disks(turns: int, *, memory: bool) -> Values:
-    values: Values = {}
-    counts = (1, 16, 256) if not memory else (16, 256)
+def _attached(turns: int) -> Values:
+    return _disks(turns, (1, 16, 256))[0]
+
+
+def _held(turns: int) -> Values:
+    return _disks(1, (16, 256))[1]
+
+
+def _disks(turns: int, counts: tuple[int, ...]) -> tuple[Values, Values]:
+    """By how many are attached: how long each takes, and how much memory."""
+    times: Values = {}
+    memory: Values = {}
     with ExitStack() as stack:
         targets = [stack.enter_context(virtio.target.serve("blk", ram="1M")) for _ in range(max(counts))]
-        for _ in range(turns if not memory else 1):
+        for _ in range(turns):
             for count in counts:
                 before, begun = _resident(), time.perf_counter()
                 with ExitStack() as attached:
@@ -64,8 +78,9 @@ def _disks(turns: int, *, memory: bool) -> Values:
                         attached.enter_context(virtio_bdev.attach(target.address, dev_type="blk", queues=1))
                     took = 1e3 * (time.perf_counter() - begun) / count
                     grown = (_resident() - before) / count
-                values.setdefault(str(count), []).append(grown if memory else took)
-    return values
+                times.setdefault(str(count), []).append(took)
+                memory.setdefault(str(count), []).append(grown)
+    return times, memory
 
 
 def _units(turns: int) -> Values:

@@ -181,17 +181,16 @@ def python(plan: Plan, left_out: list[str]) -> Iterator[Row]:
 
 def alone(plan: Plan, left_out: list[str]) -> Iterator[Row]:
     """The driver on a device that answers at once."""
-    for way, by_layout in driver.measure(plan.turns, int(200_000 * min(1.0, plan.seconds))).items():
-        row = Row(f"driver alone, {way}", "ns a request", by_layout, more_is_better=False)
-        if plan.wants(row.what):
-            yield row
+    requests = int(200_000 * min(1.0, plan.seconds))
+    figures = driver.measure(plan.turns, requests, lambda way: plan.wants(f"driver alone, {way}"))
+    for way, by_layout in figures.items():
+        yield Row(f"driver alone, {way}", "ns a request", by_layout, more_is_better=False)
 
 
 def grown(plan: Plan, left_out: list[str]) -> Iterator[Row]:
     """What more of everything costs."""
-    for what, unit, values in growth.measure(plan.turns):
-        if plan.wants(what):
-            yield Row(what, unit, values, more_is_better=False)
+    for what, unit, values in growth.measure(plan.turns, plan.wants):
+        yield Row(what, unit, values, more_is_better=False)
 
 
 SUITES: dict[str, Suite] = {

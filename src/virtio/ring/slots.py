@@ -261,6 +261,8 @@ class Slots:
         """Ask for no interrupts again."""
         self._disarm()
 
+    # The compiled inside: nothing below raises, allocates, or needs the interpreter.
+
     @final
     def await_slot(self, slot: int, spin_ns: int) -> bool:
         """Show the device what was submitted, and spin until the one request in this slot is back.
