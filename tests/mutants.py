@@ -386,8 +386,8 @@ MUTANTS = [
         "SPL-1",
         f"{RING}::test_the_three_areas_are_aligned_and_apart",
         SPLIT,
-        "    used = _up(available + RING + 2 * size + 2, align)\n",
-        "    used = _up(available + RING + 2 * size + 2, align) + 2\n",
+        "    used = up(available + RING + 2 * size + 2, align)\n",
+        "    used = up(available + RING + 2 * size + 2, align) + 2\n",
     ),
     Mutant(
         "SPL-1",

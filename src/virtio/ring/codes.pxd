@@ -1,4 +1,4 @@
-"""Constants of C for codes.py, which says what they are."""
+"""Constants of C for codes.py, which says what they are. Cimported all at once; the `.py` lists which."""
 
 cdef enum:
     NO_DATA = 0

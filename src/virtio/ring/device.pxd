@@ -18,29 +18,7 @@ from virtio.ring._mem cimport (
     window,
 )
 from virtio.ring._os cimport signal_eventfd
-from virtio.ring._vring cimport (
-    AT,
-    AVAIL,
-    DESC,
-    DISABLE,
-    ELEM,
-    ENABLE,
-    FAULTY,
-    FLAGS,
-    ID,
-    IDX,
-    INDIRECT,
-    LENGTH,
-    NEXT,
-    NOTHING,
-    NO_INTERRUPT,
-    NO_NOTIFY,
-    RING,
-    USED,
-    WANTS,
-    WRAP,
-    WRITE,
-)
+from virtio.ring._vring cimport *
 
 cdef size_t _SPAN, _PIECE
 cdef uint64_t _MOST_BYTES

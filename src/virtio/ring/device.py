@@ -62,7 +62,6 @@ _SPAN = 16  # a row of the region table: guest address, size
 _PIECE = 16  # a row of the chain: region, length, offset in the region
 _MOST_BYTES = 0xFFFFFFFF  # in one chain (2.7.5.2), so that the used length can tell them
 
-
 _JUMP, _INDEX, _LOOP, _NESTED, _TABLE, _ZERO, _ORDER, _UNMAPPED, _PIECES, _LONG, _TORN, _BUFFER = range(12)
 _FAULTS = (
     "available index moved by {}, more than the {} that the queue holds",

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from virtio.errors import RequestError
 from virtio.ring.format import SPLIT, RingFormat
+from virtio.ring.split import up
 
 _LINE = 64  # bytes of a cache line
 
@@ -57,10 +58,6 @@ def most_segments(layout: Layout, page: int) -> int:
     return max(0, min((page - table) // 16 - 2, 1 << 16))
 
 
-def _up(value: int, align: int) -> int:
-    return (value + align - 1) & ~(align - 1)
-
-
 class SlotParts(NamedTuple):
     """Where the parts of a slot are, behind its header; in bytes."""
 
@@ -70,14 +67,15 @@ class SlotParts(NamedTuple):
 
 
 def slot_parts(layout: Layout) -> SlotParts:
+    """Where they are in such a layout."""
     # The result is in the header's cache line if there is room, whatever comes after it in the response:
     # a line less to be passed back and forth. One of 8 bytes is aligned.
     width = layout.result_offset + layout.result_bytes
     response = layout.request + -(layout.request + width) % layout.result_bytes
     if response + width > _LINE:
-        response = _up(layout.request, _LINE) + -width % layout.result_bytes
-    payload = _up(response + layout.response, 8)
-    return SlotParts(response, payload, _up(payload + layout.payload, _LINE))
+        response = up(layout.request, _LINE) + -width % layout.result_bytes
+    payload = up(response + layout.response, 8)
+    return SlotParts(response, payload, up(payload + layout.payload, _LINE))
 
 
 def shape(
@@ -88,13 +86,13 @@ def shape(
     A descriptor covers memory in one piece: in pages, no slot straddles two.
     """
     table = slot_parts(layout).table
-    stride = _up(table + (2 + segments) * 16, _LINE) if indirect else table
+    stride = up(table + (2 + segments) * 16, _LINE) if indirect else table
     first = form.areas(size)[2]
     for _, response in beside(size, layout, form, event_idx=False):  # which has the most
-        first = max(first, _up(response + layout.response, _LINE))
+        first = max(first, up(response + layout.response, _LINE))
     if page != ONE_PAGE:
         stride = 1 << (stride - 1).bit_length()
-        first = _up(first, stride)
+        first = up(first, stride)
         if stride > page:
             raise RequestError(f"a request of {segments} segments does not fit in a page of {page} bytes")
     slots = size if indirect else size // (2 + segments)
@@ -115,7 +113,7 @@ def beside(size: int, layout: Layout, form: RingFormat, event_idx: bool) -> list
     head, response = heads.start, results.start
     places: list[tuple[int, int]] = []
     while True:
-        head = _up(head, align)
+        head = up(head, align)
         response += -(response + width) % layout.result_bytes
         if head + layout.request > heads.stop or response + width > results.stop:
             return places

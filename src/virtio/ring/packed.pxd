@@ -19,24 +19,7 @@ from virtio.ring._mem cimport (
     store_u64,
     window,
 )
-from virtio.ring._vring cimport (
-    AT,
-    AVAIL,
-    DESC,
-    DISABLE,
-    ENABLE,
-    FAULTY,
-    FLAGS,
-    ID,
-    LENGTH,
-    NEXT,
-    NOTHING,
-    OFF_WRAP,
-    USED,
-    WANTS,
-    WRAP,
-    WRITE,
-)
+from virtio.ring._vring cimport *
 
 
 @cython.final

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import cython
 
+from virtio.ring.split import up
+
 if not cython.compiled:
     from virtio.ring._mem import (
         fill,
@@ -57,7 +59,7 @@ def areas(size: int) -> tuple[int, int, int]:
     """
     if not 0 < size <= MAX_SIZE:
         raise ValueError(f"queue size {size} is not from 1 to {MAX_SIZE}")
-    driver = (DESC * size + _LINE - 1) & ~(_LINE - 1)
+    driver = up(DESC * size, _LINE)
     return driver, driver + _LINE, driver + 2 * _LINE
 
 

@@ -1,27 +1,10 @@
 """C types for requests.py; all code is there."""
 
 cimport cython
-from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 
 from virtio.ring._mem cimport load_u16, load_u32, load_u64, null, store_u16, store_u32, store_u64
-from virtio.ring.codes cimport (
-    BEGAN,
-    BROKEN,
-    CHANGES,
-    ENDED,
-    IN_TASK,
-    MISFIT,
-    NBYTES_AT,
-    NOBODY,
-    NO_DATA,
-    OFFSET_AT,
-    OWNER,
-    RECORD_BYTES,
-    RESULT,
-    SINGLE,
-    STATE,
-    TOKEN,
-)
+from virtio.ring.codes cimport *
 from virtio.ring.doorbell cimport Doorbell
 from virtio.ring.slots cimport Slots
 from virtio.ring.task cimport Task

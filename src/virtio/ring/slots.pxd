@@ -21,52 +21,13 @@ from virtio.ring._mem cimport (
     window,
 )
 from virtio.ring._os cimport now_ns, relax, sleep_on, ticks
-from virtio.ring._vring cimport FAULTY, INDIRECT, NEXT, NOTHING, WRITE
-from virtio.ring.codes cimport (
-    AWAITED,
-    BEGAN,
-    BOUNCED,
-    BROKEN,
-    CHANGES,
-    CONSTANT,
-    DATA,
-    DONE,
-    ENDED,
-    FAULT,
-    FREE,
-    FROM_DEVICE,
-    FULL,
-    IDLE,
-    IN_TASK,
-    KEY,
-    KIND,
-    LOADED,
-    LOST,
-    MISFIT,
-    NBYTES,
-    NBYTES_AT,
-    NO_DATA,
-    OFFSET,
-    OFFSET_AT,
-    OWNER,
-    PATCH_BYTES,
-    PAUSE,
-    PAUSED,
-    RECORD_BYTES,
-    RESULT,
-    SINGLE,
-    STATE,
-    STOP,
-    TICK,
-    TOKEN,
-    TO_DEVICE,
-    UNFIT,
-)
+from virtio.ring._vring cimport *
+from virtio.ring.codes cimport *
 from virtio.ring.doorbell cimport Doorbell
-from virtio.ring.task cimport Task
-from virtio.ring.template cimport Template
 from virtio.ring.packed cimport PackedRing
 from virtio.ring.split cimport SplitRing
+from virtio.ring.task cimport Task
+from virtio.ring.template cimport Template
 
 cdef int _WRITES
 cdef uint32_t _CLOCK_EVERY, _ROUNDS, _EAGER, _QUIET

@@ -18,17 +18,7 @@ from virtio.ring._mem cimport (
     store_u64,
     window,
 )
-from virtio.ring._vring cimport (
-    DESC,
-    ELEM,
-    EVENT,
-    FAULTY,
-    IDX,
-    NOTHING,
-    NO_INTERRUPT,
-    NO_NOTIFY,
-    RING,
-)
+from virtio.ring._vring cimport *
 
 
 @cython.final

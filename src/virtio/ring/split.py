@@ -37,11 +37,11 @@ if not cython.compiled:
     )
 
 MAX_SIZE = 32768  # 2.7
-
 ALIGN, LEGACY_ALIGN = 64, 4096  # of the used ring: ours, and the only one before version 1 (2.7.2)
 
 
-def _up(value: int, align: int) -> int:
+def up(value: int, align: int) -> int:
+    """The next multiple of a power of two."""
     return (value + align - 1) & ~(align - 1)
 
 
@@ -54,8 +54,8 @@ def areas(size: int, align: int = ALIGN) -> tuple[int, int, int]:
     if not 0 < size <= MAX_SIZE or size & (size - 1):
         raise ValueError(f"queue size {size} is not a power of two from 1 to {MAX_SIZE}")
     available = DESC * size
-    used = _up(available + RING + 2 * size + 2, align)
-    return available, used, _up(used + RING + ELEM * size + 2, align)
+    used = up(available + RING + 2 * size + 2, align)
+    return available, used, up(used + RING + ELEM * size + 2, align)
 
 
 def room(size: int, event_idx: bool, align: int = ALIGN) -> tuple[range, range]:
@@ -73,7 +73,7 @@ def room(size: int, event_idx: bool, align: int = ALIGN) -> tuple[range, range]:
 
 
 def _left(begin: int, end: int) -> range:
-    line = _up(begin + 1, ALIGN)
+    line = up(begin + 1, ALIGN)
     return range(end, line) if end < line else range(0)
 
 

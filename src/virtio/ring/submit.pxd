@@ -6,17 +6,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from virtio.ring._mem cimport load_acquire_u32, load_u16, load_u32, load_u64, store_u32, store_u64
 from virtio.ring._os cimport ticks
 from virtio.ring.buffer cimport Buffer
-from virtio.ring.codes cimport (
-    AWAITED,
-    BEGAN,
-    KIND,
-    NBYTES_AT,
-    NOBODY,
-    OWNER,
-    RECORD_BYTES,
-    RESULT,
-    TOKEN,
-)
+from virtio.ring.codes cimport *
 from virtio.ring.requests cimport RequestQueue
 from virtio.ring.stats cimport Stats
 from virtio.ring.template cimport Template
