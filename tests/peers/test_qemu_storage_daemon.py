@@ -1036,6 +1036,8 @@ def test_ten_thousand_awaited_reads_and_some_that_are_given_up(serve, image, fig
                     tasks[turn % 8].cancel()
                     results = await asyncio.gather(*tasks, return_exceptions=True)
                     assert [type(result) for result in results].count(type(None)) >= 7
-            assert controller.blocking.device.leases[0].queue.in_flight == 0
+                async with asyncio.timeout(10):  # the last one given up may come back after all the others
+                    while controller.blocking.device.leases[0].queue.in_flight:
+                        await asyncio.sleep(0.001)
 
     asyncio.run(main())
