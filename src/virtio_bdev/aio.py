@@ -20,7 +20,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from virtio.errors import (
@@ -49,6 +49,7 @@ T = TypeVar("T")
 
 MAX_WAITING = 1 << 16  # calls on one channel that wait for room in the queue
 _POLL_AT_ONCE = 256  # completions between two looks at everything else in the loop
+_IN_VAIN = 8  # looks for what is in flight, one each turn of the loop, before sleeping: which takes as long
 _CACHED = 256  # bounce buffers that a channel keeps
 _ZERO_BYTES = 256 << 10  # of zeros, where the device cannot write zeroes itself
 
@@ -231,8 +232,9 @@ class _Reactor:
         self.loop = asyncio.get_running_loop()
         self.closed = False
         self._channels: dict[int, Channel] = {}  # by owner
-        self._due = False
-        self.loop.add_reader(lease.completion_fd, self._turn)
+        self._due = False  # a turn, that the loop knows of
+        self._in_vain = 0
+        self.loop.add_reader(lease.completion_fd, self._signalled)
         self._life_fd = lease.life.fd
         if self._life_fd >= 0:
             self.loop.add_reader(self._life_fd, self._lost)
@@ -262,10 +264,17 @@ class _Reactor:
         """Something was submitted, or waits: see to it once all that is ready now has run."""
         if not self._due and not self.closed:
             self._due = True
-            self.loop.call_soon(self._turn)
+            self.loop.call_soon(self._due_turn)
+
+    def _due_turn(self) -> None:
+        self._due = False
+        self._turn()
+
+    def _signalled(self) -> None:
+        if not self._due:  # else that turn is among what the loop runs now, and one is enough
+            self._turn()
 
     def _turn(self) -> None:
-        self._due = False
         if self.closed:
             return
         channels = list(self._channels.values())
@@ -275,7 +284,9 @@ class _Reactor:
                 if owner in self._channels:
                     moved |= self._channels[owner].collect()
             moved |= self._feed(channels)
-            if moved or not channels[0].inner.arm():
+            self._in_vain = 0 if moved else self._in_vain + 1
+            soon = moved or (self._in_vain <= _IN_VAIN and self.lease.queue.in_flight)
+            if soon or not channels[0].inner.arm():
                 self.soon()
         except VirtioError as error:
             if not self.lease.life.error:
@@ -313,6 +324,7 @@ class Channel:
         self.max_waiting = max_waiting
         self.waiting: deque[_Call] = deque()
         self.inner: BlockingChannel = bdev.blocking.open()
+        self._geometry = self.inner.geometry
         self._loop = asyncio.get_running_loop()
         self._reactor = bdev.controller.reactor(self.inner._lease)
         self._reactor.join(self)
@@ -327,7 +339,7 @@ class Channel:
     async def read(self, offset: int, nbytes: int) -> bytes:
         """The bytes of the disk from `offset` on."""
         self._check(offset, nbytes)
-        if nbytes > self.bdev.limits.max_transfer:
+        if nbytes > self._geometry.max_transfer:
             into = bytearray(nbytes)
             await self.readinto(offset, into)
             return bytes(into)
@@ -335,38 +347,17 @@ class Channel:
 
     async def readinto(self, offset: int, into: BufferProtocol | Buffer) -> None:
         """Fill a writable buffer with the bytes of the disk from `offset` on."""
-        view = flat(into, writable=True)
-        self._check(offset, view.nbytes)
-        if isinstance(into, Buffer):
-            submit = self.inner.submit_read
-            await self._parts(
-                view.nbytes,
-                lambda at, size: self._call(
-                    lambda token: submit(offset + at, into, token, at=at, nbytes=size)
-                ),
-            )
+        if isinstance(into, Buffer) and 0 < into.nbytes <= self._geometry.max_transfer:
+            await self._call(functools.partial(self.inner.submit_read, offset, into))
         else:
-            await self._parts(
-                view.nbytes,
-                lambda at, size: self._read_part(offset + at, size, view[at : at + size]),
-            )
+            await self._read_parts(offset, into)
 
     async def write(self, offset: int, data: BufferProtocol | Buffer, *, fua: bool = False) -> None:
         """Write bytes at `offset`; with `fua` they are durable when the call returns."""
-        view = flat(data)
-        self._check(offset, view.nbytes, write=True)
-        if isinstance(data, Buffer):
-            submit = self.inner.submit_write
-            await self._parts(
-                view.nbytes,
-                lambda at, size: self._call(
-                    lambda token: submit(offset + at, data, token, at=at, nbytes=size)
-                ),
-            )
+        if isinstance(data, Buffer) and 0 < data.nbytes <= self._geometry.max_transfer:
+            await self._call(functools.partial(self.inner.submit_write, offset, data))
         else:
-            await self._parts(
-                view.nbytes, lambda at, size: self._write_part(offset + at, view[at : at + size])
-            )
+            await self._write_parts(offset, data)
         if fua:
             await self.flush()
 
@@ -455,9 +446,11 @@ class Channel:
     def _check(self, offset: int, nbytes: int, *, write: bool = False) -> None:
         self.inner._check(offset, nbytes, write=write)
 
-    async def _parts(self, nbytes: int, do: Callable[[int, int], Any], most: int | None = None) -> None:
+    async def _parts(
+        self, nbytes: int, do: Callable[[int, int], Coroutine[Any, Any, object]], most: int | None = None
+    ) -> None:
         """`do(at, size)` for each part of so many bytes; at the same time, the first error last."""
-        step = most or self.bdev.limits.max_transfer
+        step = most or self._geometry.max_transfer
         if nbytes <= step:
             if nbytes:
                 await do(0, nbytes)
@@ -467,6 +460,31 @@ class Channel:
         for result in results:
             if isinstance(result, BaseException):
                 raise result
+
+    async def _read_parts(self, offset: int, into: BufferProtocol | Buffer) -> None:
+        """What is more than one request, or not in memory that the device can reach."""
+        view = flat(into, writable=True)
+        self._check(offset, view.nbytes)
+
+        def part(at: int, size: int) -> Coroutine[Any, Any, object]:
+            if isinstance(into, Buffer):
+                submit = self.inner.submit_read
+                return self._call(lambda token: submit(offset + at, into, token, at=at, nbytes=size))
+            return self._read_part(offset + at, size, view[at : at + size])
+
+        await self._parts(view.nbytes, part)
+
+    async def _write_parts(self, offset: int, data: BufferProtocol | Buffer) -> None:
+        view = flat(data)
+        self._check(offset, view.nbytes, write=True)
+
+        def part(at: int, size: int) -> Coroutine[Any, Any, object]:
+            if isinstance(data, Buffer):
+                submit = self.inner.submit_write
+                return self._call(lambda token: submit(offset + at, data, token, at=at, nbytes=size))
+            return self._write_part(offset + at, view[at : at + size])
+
+        await self._parts(view.nbytes, part)
 
     async def _read_part(self, offset: int, nbytes: int, into: memoryview | None) -> bytes:
         room: Buffer | None = None

@@ -22,6 +22,7 @@ from virtio.errors import (
     RequestError,
     RequestTimeout,
     TransportError,
+    VirtioError,
 )
 from virtio.target import serve
 from virtio_bdev import aio
@@ -87,6 +88,51 @@ async def test_what_is_written_is_in_the_file_and_is_read_back(disk):
         await channel.flush()
         assert await channel.read(0, 0) == b""
         assert path.read_bytes()[: 8 << 20] == content[: 8 << 20]
+
+
+@asynchronous
+async def test_a_buffer_of_more_than_one_request(disk):
+    kind, address, path = disk
+    content = path.read_bytes()
+    async with await aio.attach(address, dev_type=kind) as controller, first(controller).open() as channel:
+        nbytes = 2 * channel.bdev.limits.max_transfer + 512
+        assert nbytes < len(content) // 2
+        with controller.buffer(nbytes) as buffer:
+            await channel.readinto(512, buffer)
+            assert buffer.view() == content[512 : 512 + nbytes]
+            await channel.write(8 << 20, buffer, fua=True)
+        assert path.read_bytes()[8 << 20 : (8 << 20) + nbytes] == content[512 : 512 + nbytes]
+        with controller.buffer(512) as buffer:
+            with pytest.raises(RequestError, match="do not lie within"):
+                await channel.readinto(len(content), buffer)
+        with pytest.raises(VirtioError, match="closed"):
+            await channel.readinto(0, buffer)
+
+
+@asynchronous
+async def test_the_loop_gives_the_queue_one_turn_in_each_of_its_own(disk, monkeypatch):
+    kind, address, _ = disk
+    turns = 0
+
+    def counted(self, turn=aio._Reactor._turn):
+        nonlocal turns
+        turns += 1
+        turn(self)
+
+    monkeypatch.setattr(aio._Reactor, "_turn", counted)
+    async with await aio.attach(address, dev_type=kind) as controller, first(controller).open() as channel:
+
+        async def reads(buffer):
+            for number in range(200):
+                await channel.readinto(number * BLOCK, buffer)
+
+        working = asyncio.gather(*(reads(controller.buffer(BLOCK)) for _ in range(32)))
+        loops = 0
+        while not working.done():
+            await asyncio.sleep(0)
+            loops += 1
+        await working
+    assert 6400 / 32 <= turns <= loops + 10
 
 
 @asynchronous
