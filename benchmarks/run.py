@@ -25,6 +25,7 @@ from typing import NamedTuple
 import driver
 import growth
 import msgspec
+import noise
 import peers
 import spdk
 
@@ -64,6 +65,7 @@ class Record(msgspec.Struct):
     kernel: str
     python: str
     load: float
+    interruptions: dict[str, noise.Noise]  # of each core
     turns: int
     seconds: float
     rows: list[Row]
@@ -105,14 +107,14 @@ def _compare(
     blkio = peers.blkio(left_out)
     if blkio is not None:
         row.figures["libblkio"] = []
-    for _ in range(plan.turns):
-        with peers.storage_daemon(backing) as socket:  # a fresh one, as it adapts to what it has seen
-            wait = "poll" if poll else "event"
-            row.figures["ours"].append(peers.ours(socket, rw, bs, depth, wait, plan.seconds).iops)
-        if blkio is not None:
-            with peers.storage_daemon(backing) as socket:
-                got = peers.blkio_bench(blkio, socket, rw, bs, depth, poll, plan.seconds)
-                row.figures["libblkio"].append(got)
+    for turn in range(plan.turns):
+        for who, figures in list(row.figures.items())[:: 1 if turn % 2 else -1]:
+            with peers.storage_daemon(backing) as socket:  # a fresh one, as it adapts to what it has seen
+                if who == "ours":
+                    wait = "poll" if poll else "event"
+                    figures.append(peers.ours(socket, rw, bs, depth, wait, plan.seconds).iops)
+                elif blkio is not None:
+                    figures.append(peers.blkio_bench(blkio, socket, rw, bs, depth, poll, plan.seconds))
     yield row
 
 
@@ -218,6 +220,7 @@ def machine(turns: int, seconds: float) -> Record:
         platform.release(),
         platform.python_version(),
         os.getloadavg()[0],
+        {},
         turns,
         seconds,
         [],
@@ -279,6 +282,11 @@ def main() -> None:
     print(
         f"{record.cpu}, {record.cores} cores, Linux {record.kernel}, Python {record.python}, {record.commit}"
     )
+    record.interruptions = noise.measure()
+    for core, (times, percent) in record.interruptions.items():
+        print(
+            f"core {core}: interrupted for 16 us or more {times:,.0f} times a second, {percent:.1f} % of it"
+        )
     for name in options.suites or SUITES:
         for row in SUITES[name](plan, record.left_out):
             record.rows.append(row)
