@@ -30,7 +30,8 @@ from virtio.ring.task cimport Task
 from virtio.ring.template cimport Template
 
 cdef int _WRITES
-cdef uint32_t _CLOCK_EVERY, _ROUNDS, _EAGER, _QUIET
+cdef uint32_t _CLOCK_EVERY, _ROUNDS, _EAGER, _QUIET, _REST_BITS, _REST_MOST
+cdef int _AT_ONCE, _ALL
 cdef uint64_t _MOMENT
 
 
@@ -53,7 +54,7 @@ cdef class Slots:
     cdef int _shift, _wake_fd, _end_fd
     cdef uint64_t _page_mask, _sequence, _now
     cdef size_t _slots_at, _stride, _payload_at, _table_at, _result_at, _response_bytes
-    cdef bint _result_wide, _response_first
+    cdef bint _result_wide, _response_first, _at_work
     cdef uint64_t _result_mask
     cdef uint32_t _chain, _free_count, _fault_count, _ended_first, _ended_count, _early_count
 
@@ -64,13 +65,15 @@ cdef class Slots:
     cdef void _put_ended(self, uint32_t slot) noexcept nogil
     @cython.locals(begun=uint64_t, busy=uint64_t, now=uint64_t, spins=uint32_t, rounds=uint32_t,
                    patience=uint64_t, filled=int, got=int, began=uint64_t, timed=bint, most=uint64_t,
-                   left=uint64_t, pause=uint64_t, slept=int, quiet=uint32_t, gathers=bint)
+                   left=uint64_t, pause=uint64_t, slept=int, quiet=uint32_t, gathers=bint, rests=uint64_t)
     cdef int _run(self, Task task, uint64_t slice_ns, uint64_t spin_ns) noexcept nogil
+    @cython.locals(count=int, limit=int, started=int)
+    cdef int _feed(self, Task task) noexcept nogil
     @cython.locals(count=int, part=uint64_t, item=uint64_t, within=uint64_t, nbytes=uint64_t,
                    place=uint64_t, data=uint64_t, offset=uint64_t, slot=int, now=uint64_t)
-    cdef int _fill(self, Task task) noexcept nogil
+    cdef int _fill(self, Task task, int limit) noexcept nogil
     @cython.locals(room=uint64_t, ripe=uint64_t, part=uint64_t, data=uint64_t, place=uint64_t, slot=int)
-    cdef int _fill_load(self, Task task) noexcept nogil
+    cdef int _fill_load(self, Task task, uint64_t limit) noexcept nogil
     @cython.locals(moved=uint64_t, slot=uint32_t, record=size_t, base=size_t, header=size_t, same=bint, i=int,
                    patch=size_t, within=size_t,
                    source=int, value=uint64_t, key=uint32_t, laid=int)

@@ -107,7 +107,13 @@ _CLOCK_EVERY = 64  # spins between two looks at the clock
 # Spins before the first one that relaxes, some microseconds: a fast target answers sooner, and a look that
 # comes 40 to 140 cycles late costs more than it saves. Interpreted, to relax is to let others run.
 _EAGER = 1000 if cython.compiled else 64
-_QUIET = 16  # looks that found nothing: what the device had ready is all here
+_QUIET = 8  # looks that found nothing: what the device had ready is all here
+# Between such looks the rings' cache lines are the device's: a relaxation for every four requests that it has
+# to do meanwhile, up to half a microsecond.
+_REST_BITS = 2 if cython.compiled else 32
+_REST_MOST = 32
+_AT_ONCE = 16  # requests that are shown to a device which is at work: it begins while others are written
+_ALL = 1 << 30
 _MOMENT = 3000  # ns of spinning in any case, where several answers are due: to sleep takes as long
 _ROUNDS = 8  # rounds that moved something: each may copy megabytes
 
@@ -199,6 +205,7 @@ class Slots:
         self._early_array = array("H", [0]) * slots  # heads that were back when the device was reset
         self._early = window(self._early_array)
         self._early_count = 0
+        self._at_work = False  # the device wanted no notification of what it was shown last
         self._now = 0  # when the device was last found to have used something, if anybody asked
         self._kept: list[Kept | Buffer | None] = [None] * slots
         self._sequence = number << 48
@@ -315,13 +322,17 @@ class Slots:
             # While the device has plenty to do, what comes in one go is answered in one go: the fewer moments
             # at which both sides touch the rings, the sooner the last of these requests is back.
             gathers = quiet < _QUIET and 4 * task.active > 3 * most
-            filled = 0 if gathers else self._fill(task)
-            if self._publish():
-                self._doorbell.ring_unguarded()
+            filled = 0 if gathers else self._feed(task)
             if filled < 0:
                 return UNFIT
             if task._mode == LOADED:
                 task.load.settle()
+            if quiet:
+                rests = task.active >> _REST_BITS
+                if rests > _REST_MOST:
+                    rests = _REST_MOST
+                for _ in range(rests):
+                    relax()
             got = self._collect(task)
             if got < 0:
                 return BROKEN
@@ -381,13 +392,32 @@ class Slots:
         return slept
 
     @final
-    def _fill(self, task: Task) -> int:
-        """Start as many parts as there is room for; their number, or -2 if one does not fit."""
+    def _feed(self, task: Task) -> int:
+        """Start as many parts as there is room for, and show them to the device; their number, or -2 if one
+        does not fit. All are shown at once if the device wants to be notified: once is enough."""
+        count = 0
+        while True:
+            limit = _AT_ONCE if self._at_work else _ALL
+            started = self._fill(task, limit)
+            if self._publish():
+                self._doorbell.ring_unguarded()
+                self._at_work = False
+            elif started > 0:
+                self._at_work = True
+            if started < 0:
+                return MISFIT
+            count += started
+            if started < limit:
+                return count
+
+    @final
+    def _fill(self, task: Task, limit: int) -> int:
+        """Start as many parts as there is room for, up to a limit; their number, or -2 if one does not fit."""
         if task._mode == LOADED:
-            return self._fill_load(task)
+            return self._fill_load(task, limit)
         count = 0
         now = 0
-        while self._free_count and task.active < task._depth:
+        while self._free_count and task.active < task._depth and count < limit:
             if task._mode == BOUNCED and task._free_cells == 0:
                 break
             if task._again_count:
@@ -427,7 +457,7 @@ class Slots:
         return count
 
     @final
-    def _fill_load(self, task: Task) -> int:
+    def _fill_load(self, task: Task, limit: int) -> int:
         """The same for a load, which makes its offsets and wants to know when each part starts."""
         room = task._depth - task.active
         if room < task.load.batch and room < task.total - task.started:
@@ -440,6 +470,10 @@ class Slots:
                 room = ripe
         if room > task.allowed - task.started:
             room = task.allowed - task.started
+        if limit < task.load.batch:
+            limit = task.load.batch
+        if room > limit:
+            room = limit
         if room > self._free_count:
             room = self._free_count
         if room > task._free_cells:
