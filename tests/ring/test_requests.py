@@ -559,6 +559,27 @@ def test_a_ctrl_c_comes_between_calls_and_never_amid_one(form):
     assert (step > 500) == INTERPRETED
 
 
+def test_a_device_that_sleeps_is_notified_once_and_one_at_work_sees_the_first_ones_early():
+    bench = Bench(64)
+    task = constant(array("Q", [0] * 256), bench.pool.take(512))
+
+    def run():
+        """One slice: how many requests the device sees, and how often it was notified of them."""
+        before = bench.kicks
+        assert bench.queue.run(task, 1000, 0) in (codes.IDLE, codes.TICK)
+        heads = bench.arrivals()
+        for head in heads:
+            bench.answer(head, b"\0", bytes(512))
+        return len(heads), bench.kicks - before
+
+    assert run() == (64, 1)
+    assert run() == (64, 1)
+    bench.peer.set_used_flags(1)  # VIRTQ_USED_F_NO_NOTIFY (2.7.14)
+    assert run() == (64, 0)
+    bench.peer.set_used_flags(0)  # and asleep again: known when the first 16 are published
+    assert run() == (64, 2)
+
+
 class Counted:
     """What is kept for a request, as a buffer is."""
 

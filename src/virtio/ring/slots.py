@@ -412,7 +412,8 @@ class Slots:
 
     @final
     def _fill(self, task: Task, limit: int) -> int:
-        """Start as many parts as there is room for, up to a limit; their number, or -2 if one does not fit."""
+        """Start as many parts as there is room for, up to a limit; their number, or -2 if one does not
+        fit."""
         if task._mode == LOADED:
             return self._fill_load(task, limit)
         count = 0
