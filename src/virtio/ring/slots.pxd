@@ -65,7 +65,8 @@ cdef class Slots:
     cdef void _put_ended(self, uint32_t slot) noexcept nogil
     @cython.locals(begun=uint64_t, busy=uint64_t, now=uint64_t, spins=uint32_t, rounds=uint32_t,
                    patience=uint64_t, filled=int, got=int, began=uint64_t, timed=bint, most=uint64_t,
-                   left=uint64_t, pause=uint64_t, slept=int, quiet=uint32_t, gathers=bint, rests=uint64_t)
+                   left=uint64_t, pause=uint64_t, slept=int, quiet=uint32_t, gathers=bint, rests=uint32_t,
+                   due=uint32_t)
     cdef int _run(self, Task task, uint64_t slice_ns, uint64_t spin_ns) noexcept nogil
     @cython.locals(count=int, limit=int, started=int)
     cdef int _feed(self, Task task) noexcept nogil

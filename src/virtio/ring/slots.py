@@ -103,7 +103,7 @@ else:
     from cython import final  # such a method is called directly, not through a table
 
 _WRITES = stats.WRITE
-_CLOCK_EVERY = 64  # spins between two looks at the clock
+_CLOCK_EVERY = 64  # spins between two looks at the clock; to relax counts as one
 # Spins before the first one that relaxes, some microseconds: a fast target answers sooner, and a look that
 # comes 40 to 140 cycles late costs more than it saves. Interpreted, to relax is to let others run.
 _EAGER = 1000 if cython.compiled else 64
@@ -309,6 +309,7 @@ class Slots:
         begun = now_ns()
         busy = begun  # when something last happened
         spins = 0
+        due = 0  # so many spins, and it is time to look at the clock
         quiet = 0  # looks since something came
         rounds = 0
         most = task._depth if task._depth < self.slots else self.slots
@@ -327,12 +328,11 @@ class Slots:
                 return UNFIT
             if task._mode == LOADED:
                 task.load.settle()
-            if quiet:
-                rests = task.active >> _REST_BITS
-                if rests > _REST_MOST:
-                    rests = _REST_MOST
-                for _ in range(rests):
-                    relax()
+            rests = task.active >> _REST_BITS if quiet else 0
+            if rests > _REST_MOST:
+                rests = _REST_MOST
+            for _ in range(rests):
+                relax()
             got = self._collect(task)
             if got < 0:
                 return BROKEN
@@ -355,13 +355,15 @@ class Slots:
                 continue
             if spins == 0:
                 busy = now_ns()
-            spins += 1
+                due = _CLOCK_EVERY
+            spins += 1 + rests
             if spins > _EAGER:
                 relax()
             patience = spin_ns
             if patience < _MOMENT and task.active > 1 and self._wake_fd >= 0:
                 patience = _MOMENT
-            if spins % _CLOCK_EVERY == 0 or patience == 0:
+            if spins >= due or patience == 0:
+                due = spins + _CLOCK_EVERY
                 now = now_ns()
                 if now - busy >= patience:
                     if now - begun >= slice_ns:
