@@ -260,8 +260,13 @@ class _Reactor:
             channel.end(ClosedError(f"the controller of {channel.bdev.name} was closed"))
             channel.release()
 
+    def submitted(self) -> None:
+        """Something was submitted, or waits for room."""
+        self._in_vain = 0
+        self.soon()
+
     def soon(self) -> None:
-        """Something was submitted, or waits: see to it once all that is ready now has run."""
+        """There may be something to do: see to it once all that is ready now has run."""
         if not self._due and not self.closed:
             self._due = True
             self.loop.call_soon(self._due_turn)
@@ -347,14 +352,14 @@ class Channel:
 
     async def readinto(self, offset: int, into: BufferProtocol | Buffer) -> None:
         """Fill a writable buffer with the bytes of the disk from `offset` on."""
-        if isinstance(into, Buffer) and 0 < into.nbytes <= self._geometry.max_transfer:
+        if isinstance(into, Buffer) and self._is_plain(offset, into):
             await self._call(functools.partial(self.inner.submit_read, offset, into))
         else:
             await self._read_parts(offset, into)
 
     async def write(self, offset: int, data: BufferProtocol | Buffer, *, fua: bool = False) -> None:
         """Write bytes at `offset`; with `fua` they are durable when the call returns."""
-        if isinstance(data, Buffer) and 0 < data.nbytes <= self._geometry.max_transfer:
+        if isinstance(data, Buffer) and self._is_plain(offset, data):
             await self._call(functools.partial(self.inner.submit_write, offset, data))
         else:
             await self._write_parts(offset, data)
@@ -445,6 +450,11 @@ class Channel:
 
     def _check(self, offset: int, nbytes: int, *, write: bool = False) -> None:
         self.inner._check(offset, nbytes, write=write)
+
+    def _is_plain(self, offset: int, buffer: Buffer) -> bool:
+        """Whether it is one request at most; all else about it is looked at when it is submitted."""
+        geometry = self._geometry
+        return 0 < buffer.nbytes <= geometry.max_transfer and 0 <= offset <= geometry.size
 
     async def _parts(
         self, nbytes: int, do: Callable[[int, int], Coroutine[Any, Any, object]], most: int | None = None
@@ -572,7 +582,7 @@ class Channel:
             raise QueueFullError(f"{len(self.waiting)} calls wait for {self.bdev.name} already")
         else:
             self.waiting.append(call)
-        self._reactor.soon()
+        self._reactor.submitted()
         if self._timer is None and self.timeout is not None:
             self._timer = self._loop.call_later(self.timeout, self._expire)
         try:
@@ -608,7 +618,7 @@ class Channel:
             if not call.begin(call.token):
                 return False
             self._calls[call.token] = call
-        except VirtioError as error:
+        except Exception as error:  # also what is no number: the others are not to wait for it
             call.future.set_exception(error)
         self.waiting.popleft()
         return True
@@ -636,6 +646,8 @@ class Channel:
             if not call.future.done():
                 words = f"{self.bdev.name} has not answered in {self.timeout} s; it may still take effect"
                 call.future.set_exception(RequestTimeout(words))
+        if sent:
+            self._reactor.soon()  # there is room for others
         lease = self.inner._lease
         if sent and lease.late is not None:
             lease.late(lease)

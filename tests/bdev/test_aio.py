@@ -105,8 +105,34 @@ async def test_a_buffer_of_more_than_one_request(disk):
         with controller.buffer(512) as buffer:
             with pytest.raises(RequestError, match="do not lie within"):
                 await channel.readinto(len(content), buffer)
+            with pytest.raises(RequestError, match="do not lie within"):
+                await channel.write(1 << 64, buffer)
         with pytest.raises(VirtioError, match="closed"):
             await channel.readinto(0, buffer)
+
+
+class Anything:
+    """No number, and yet where one is asked for."""
+
+    def __ge__(self, other):
+        return True
+
+    def __le__(self, other):
+        return True
+
+
+@asynchronous
+async def test_a_call_that_makes_no_sense_holds_up_nobody_behind_it(disk):
+    kind, address, _ = disk
+    async with await aio.attach(address, dev_type=kind, queue_size=128) as controller:
+        async with first(controller).open() as channel:
+            buffers = [controller.buffer(BLOCK) for _ in range(300)]
+            offsets = [number * BLOCK for number in range(300)]
+            offsets[250] = Anything()  # has to wait, and is looked at in its turn
+            calls = (channel.readinto(at, into) for at, into in zip(offsets, buffers, strict=True))
+            results = await asyncio.gather(*calls, return_exceptions=True)
+    assert isinstance(results.pop(250), TypeError)
+    assert results == [None] * 299
 
 
 @asynchronous

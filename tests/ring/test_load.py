@@ -481,3 +481,18 @@ def test_the_clock_of_a_load_is_as_fast_as_the_systems():
     load.ripe()
     after = time.monotonic_ns()
     assert 0.99 * (looked - entered) <= load.seconds * 1e9 <= 1.01 * (after - before)
+
+
+@pytest.mark.parametrize(("depth", "batch"), [(32, 20), (32, 16), (24, 12), (18, 4), (32, 1)])
+def test_a_device_at_work_is_given_all_that_there_is_room_for(depth, batch):
+    bench = Bench(32)
+    bench.peer.set_used_flags(1)  # VIRTQ_USED_F_NO_NOTIFY (2.7.14): it polls
+    task = loaded(bench, Load(512, 1 << 20, random=True, requests=4 * depth, batch=batch), depth)
+    for _ in range(4):
+        assert bench.queue.run(task, 1000, 0) in (codes.IDLE, codes.TICK)
+        heads = bench.arrivals()
+        assert len(heads) == depth
+        for head in heads:
+            bench.answer(head, b"\0", bytes(512))
+    finish(bench.queue, task)
+    assert bench.kicks == 0

@@ -68,7 +68,7 @@ cdef class Slots:
                    left=uint64_t, pause=uint64_t, slept=int, quiet=uint32_t, gathers=bint, rests=uint32_t,
                    due=uint32_t)
     cdef int _run(self, Task task, uint64_t slice_ns, uint64_t spin_ns) noexcept nogil
-    @cython.locals(count=int, limit=int, started=int)
+    @cython.locals(count=int, limit=int, started=int, rung=bint)
     cdef int _feed(self, Task task) noexcept nogil
     @cython.locals(count=int, part=uint64_t, item=uint64_t, within=uint64_t, nbytes=uint64_t,
                    place=uint64_t, data=uint64_t, offset=uint64_t, slot=int, now=uint64_t)

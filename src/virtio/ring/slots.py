@@ -103,13 +103,14 @@ else:
     from cython import final  # such a method is called directly, not through a table
 
 _WRITES = stats.WRITE
-_CLOCK_EVERY = 64  # spins between two looks at the clock; to relax counts as one
-# Spins before the first one that relaxes, some microseconds: a fast target answers sooner, and a look that
-# comes 40 to 140 cycles late costs more than it saves. Interpreted, to relax is to let others run.
+_CLOCK_EVERY = 64  # spins between two looks at the clock; a rest is one, too
+# Spins before the first one that relaxes, some microseconds, where up to three requests are in flight: a fast
+# target answers sooner, and a look that comes 40 to 140 cycles late costs more than it saves. Interpreted, to
+# relax is to let others run.
 _EAGER = 1000 if cython.compiled else 64
 _QUIET = 8  # looks that found nothing: what the device had ready is all here
-# Between such looks the rings' cache lines are the device's: a relaxation for every four requests that it has
-# to do meanwhile, up to half a microsecond.
+# Rests between such looks, in which the rings' cache lines are the device's: one for every four requests that
+# it has to do meanwhile, up to a microsecond.
 _REST_BITS = 2 if cython.compiled else 32
 _REST_MOST = 32
 _AT_ONCE = 16  # requests that are shown to a device which is at work: it begins while others are written
@@ -205,7 +206,7 @@ class Slots:
         self._early_array = array("H", [0]) * slots  # heads that were back when the device was reset
         self._early = window(self._early_array)
         self._early_count = 0
-        self._at_work = False  # the device wanted no notification of what it was shown last
+        self._at_work = False  # the device wanted no notification of what `_feed` showed it last
         self._now = 0  # when the device was last found to have used something, if anybody asked
         self._kept: list[Kept | Buffer | None] = [None] * slots
         self._sequence = number << 48
@@ -328,11 +329,6 @@ class Slots:
                 return UNFIT
             if task._mode == LOADED:
                 task.load.settle()
-            rests = task.active >> _REST_BITS if quiet else 0
-            if rests > _REST_MOST:
-                rests = _REST_MOST
-            for _ in range(rests):
-                relax()
             got = self._collect(task)
             if got < 0:
                 return BROKEN
@@ -351,6 +347,13 @@ class Slots:
                     return TICK
                 continue
             quiet += 1
+            if gathers and quiet == _QUIET:
+                continue
+            rests = task.active >> _REST_BITS
+            if rests > _REST_MOST:
+                rests = _REST_MOST
+            for _ in range(rests):
+                relax()
             if gathers:
                 continue
             if spins == 0:
@@ -398,19 +401,21 @@ class Slots:
         """Start as many parts as there is room for, and show them to the device; their number, or -2 if one
         does not fit. All are shown at once if the device wants to be notified: once is enough."""
         count = 0
+        rung = False
         while True:
-            limit = _AT_ONCE if self._at_work else _ALL
+            limit = _AT_ONCE if self._at_work and not rung else _ALL
             started = self._fill(task, limit)
             if self._publish():
                 self._doorbell.ring_unguarded()
-                self._at_work = False
-            elif started > 0:
-                self._at_work = True
+                rung = True
             if started < 0:
                 return MISFIT
             count += started
             if started < limit:
-                return count
+                break
+        if count:
+            self._at_work = not rung
+        return count
 
     @final
     def _fill(self, task: Task, limit: int) -> int:
@@ -475,7 +480,7 @@ class Slots:
             room = task.allowed - task.started
         if limit < task.load.batch:
             limit = task.load.batch
-        if room > limit:
+        if room > limit and room - limit >= task.load.batch:  # or the rest would not begin
             room = limit
         if room > self._free_count:
             room = self._free_count
