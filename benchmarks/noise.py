@@ -25,7 +25,7 @@ class Noise(NamedTuple):
     percent: float
 
 
-def measure(seconds: float = 2.0) -> dict[str, Noise]:
+def measure(seconds: float) -> dict[str, Noise]:
     """Of the target's core and the client's, both at work."""
     watchers = {
         core: subprocess.Popen(

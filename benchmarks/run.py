@@ -282,7 +282,7 @@ def main() -> None:
     print(
         f"{record.cpu}, {record.cores} cores, Linux {record.kernel}, Python {record.python}, {record.commit}"
     )
-    record.interruptions = noise.measure()
+    record.interruptions = noise.measure(2 * options.seconds)
     for core, (times, percent) in record.interruptions.items():
         print(
             f"core {core}: interrupted for 16 us or more {times:,.0f} times a second, {percent:.1f} % of it"

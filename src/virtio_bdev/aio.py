@@ -352,17 +352,25 @@ class Channel:
 
     async def readinto(self, offset: int, into: BufferProtocol | Buffer) -> None:
         """Fill a writable buffer with the bytes of the disk from `offset` on."""
-        if isinstance(into, Buffer) and self._is_plain(offset, into):
-            await self._call(functools.partial(self.inner.submit_read, offset, into))
-        else:
-            await self._read_parts(offset, into)
+        if isinstance(into, Buffer):
+            await self._in_place(offset, into, write=False)
+            return
+        view = flat(into, writable=True)
+        self._check(offset, view.nbytes)
+        await self._parts(
+            view.nbytes, lambda at, size: self._read_part(offset + at, size, view[at : at + size])
+        )
 
     async def write(self, offset: int, data: BufferProtocol | Buffer, *, fua: bool = False) -> None:
         """Write bytes at `offset`; with `fua` they are durable when the call returns."""
-        if isinstance(data, Buffer) and self._is_plain(offset, data):
-            await self._call(functools.partial(self.inner.submit_write, offset, data))
+        if isinstance(data, Buffer):
+            await self._in_place(offset, data, write=True)
         else:
-            await self._write_parts(offset, data)
+            view = flat(data)
+            self._check(offset, view.nbytes, write=True)
+            await self._parts(
+                view.nbytes, lambda at, size: self._write_part(offset + at, view[at : at + size])
+            )
         if fua:
             await self.flush()
 
@@ -451,10 +459,18 @@ class Channel:
     def _check(self, offset: int, nbytes: int, *, write: bool = False) -> None:
         self.inner._check(offset, nbytes, write=write)
 
-    def _is_plain(self, offset: int, buffer: Buffer) -> bool:
-        """Whether it is one request at most; all else about it is looked at when it is submitted."""
-        geometry = self._geometry
-        return 0 < buffer.nbytes <= geometry.max_transfer and 0 <= offset <= geometry.size
+    def _in_place(self, offset: int, buffer: Buffer, *, write: bool) -> Coroutine[Any, Any, None]:
+        """Move data between the disk and memory that the device can reach."""
+        submit = self.inner.submit_write if write else self.inner.submit_read
+        nbytes = buffer.nbytes
+        if 0 < nbytes <= self._geometry.max_transfer and 0 <= offset <= self._geometry.size:
+            return self._call(functools.partial(submit, offset, buffer))  # which looks at all else
+        buffer.check()
+        self._check(offset, nbytes, write=write)
+        return self._parts(
+            nbytes,
+            lambda at, size: self._call(lambda token: submit(offset + at, buffer, token, at=at, nbytes=size)),
+        )
 
     async def _parts(
         self, nbytes: int, do: Callable[[int, int], Coroutine[Any, Any, object]], most: int | None = None
@@ -470,31 +486,6 @@ class Channel:
         for result in results:
             if isinstance(result, BaseException):
                 raise result
-
-    async def _read_parts(self, offset: int, into: BufferProtocol | Buffer) -> None:
-        """What is more than one request, or not in memory that the device can reach."""
-        view = flat(into, writable=True)
-        self._check(offset, view.nbytes)
-
-        def part(at: int, size: int) -> Coroutine[Any, Any, object]:
-            if isinstance(into, Buffer):
-                submit = self.inner.submit_read
-                return self._call(lambda token: submit(offset + at, into, token, at=at, nbytes=size))
-            return self._read_part(offset + at, size, view[at : at + size])
-
-        await self._parts(view.nbytes, part)
-
-    async def _write_parts(self, offset: int, data: BufferProtocol | Buffer) -> None:
-        view = flat(data)
-        self._check(offset, view.nbytes, write=True)
-
-        def part(at: int, size: int) -> Coroutine[Any, Any, object]:
-            if isinstance(data, Buffer):
-                submit = self.inner.submit_write
-                return self._call(lambda token: submit(offset + at, data, token, at=at, nbytes=size))
-            return self._write_part(offset + at, view[at : at + size])
-
-        await self._parts(view.nbytes, part)
 
     async def _read_part(self, offset: int, nbytes: int, into: memoryview | None) -> bytes:
         room: Buffer | None = None
@@ -648,9 +639,9 @@ class Channel:
                 call.future.set_exception(RequestTimeout(words))
         if sent:
             self._reactor.soon()  # there is room for others
-        lease = self.inner._lease
-        if sent and lease.late is not None:
-            lease.late(lease)
+            lease = self.inner._lease
+            if lease.late is not None:
+                lease.late(lease)
         first = next(itertools.chain(self._calls.values(), self.waiting), None)
         if first is not None:
             self._timer = self._loop.call_later(max(0.0, first.due - now), self._expire)

@@ -110,7 +110,7 @@ _CLOCK_EVERY = 64  # spins between two looks at the clock; a rest is one, too
 _EAGER = 1000 if cython.compiled else 64
 _QUIET = 8  # looks that found nothing: what the device had ready is all here
 # Rests between such looks, in which the rings' cache lines are the device's: one for every four requests that
-# it has to do meanwhile, up to a microsecond.
+# it has to do meanwhile, up to a microsecond. Interpreted, none: each look takes longer.
 _REST_BITS = 2 if cython.compiled else 32
 _REST_MOST = 32
 _AT_ONCE = 16  # requests that are shown to a device which is at work: it begins while others are written
