@@ -75,10 +75,10 @@ def _client(*argv: str, seconds: float, env: dict[str, str] | None = None) -> st
 
 
 class Measured(NamedTuple):
-    """Requests a second, the 99th percentile of latency, and the client's own time for a request."""
+    """Requests a second; and what not all tell: the 99th percentile of latency, own time for a request."""
 
     iops: float
-    p99_us: float
+    p99_us: float | None
     busy_ns: float | None
 
 
@@ -160,18 +160,56 @@ def blkio(left_out: list[str]) -> Path | None:
 
 
 def blkio_bench(
-    program: Path, socket: str, rw: str, bs: int, depth: int, poll: bool, seconds: float
-) -> float:
-    """Requests a second."""
+    program: Path, socket: str, rw: str, bs: int, depth: int, wait: Wait, seconds: float
+) -> Measured:
+    """libblkio's own benchmark, which tells no latencies."""
     said = _client(
         *(str(program), f"--runtime={seconds:.0f}", f"--readwrite={rw}", f"--blocksize={bs}"),
-        *(f"--iodepth={depth}", *(["--poll"] if poll else []), "virtio-blk-vhost-user", f"path={socket}"),
+        *(
+            f"--iodepth={depth}",
+            *(["--poll"] if wait == "poll" else []),
+            "virtio-blk-vhost-user",
+            f"path={socket}",
+        ),
         seconds=seconds,
         env={"LD_LIBRARY_PATH": str(program.parent)},
     )
     match = re.search(r'"kiops":\s*([0-9.]+)', said)
     assert match is not None, said
-    return 1000 * float(match[1])
+    return Measured(1000 * float(match[1]), None, None)
+
+
+@functools.cache
+def _fio() -> str | None:
+    """A fio that has the libblkio engine, which few packages have: $FIO, else the one on the PATH."""
+    program = os.environ.get("FIO") or shutil.which("fio")
+    if program is None:
+        return None
+    engines = subprocess.run([program, "--enghelp"], capture_output=True, text=True).stdout
+    return program if "libblkio" in engines.split() else None
+
+
+def fio(left_out: list[str]) -> str | None:
+    """fio with libblkio, or None, which is noted."""
+    program = _fio()
+    if program is None:
+        left_out.append("fio on libblkio, for its p99: FIO is to name a fio with the libblkio engine")
+    return program
+
+
+def fio_on_libblkio(
+    program: str, socket: str, rw: str, bs: int, depth: int, wait: Wait, seconds: float
+) -> Measured:
+    """fio's loop over libblkio: slower than blkio-bench's, but it tells latencies."""
+    said = _client(
+        *(program, "--name=bench", "--ioengine=libblkio", "--libblkio_driver=virtio-blk-vhost-user"),
+        *(f"--libblkio_path={socket}", "--thread", f"--rw={rw}", f"--bs={bs}", f"--iodepth={depth}"),
+        *("--time_based", f"--runtime={seconds}", f"--size={_FILE_BYTES}", "--output-format=json"),
+        *(["--hipri"] if wait == "poll" else ["--libblkio_wait_mode=eventfd"]),
+        seconds=seconds,
+    )
+    used = json.loads(said)["jobs"][0]["write" if rw.endswith("write") else "read"]
+    return Measured(used["iops"], used["clat_ns"]["percentile"]["99.000000"] / 1000, None)
 
 
 @functools.cache

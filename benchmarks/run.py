@@ -100,22 +100,25 @@ def vhost(plan: Plan, left_out: list[str]) -> Iterator[Row]:
 def _compare(
     backing: str, rw: str, bs: int, depth: int, poll: bool, plan: Plan, left_out: list[str]
 ) -> Iterator[Row]:
-    how = "polled" if poll else "eventfd"
-    row = Row(f"{backing}, {bs // 1024} KiB {rw}, QD {depth}, {how}", "IOPS", {"ours": []})
-    if not plan.wants(row.what):
+    what = f"{backing}, {bs // 1024} KiB {rw}, QD {depth}, {'polled' if poll else 'eventfd'}"
+    if not plan.wants(what):
         return
-    blkio = peers.blkio(left_out)
-    if blkio is not None:
-        row.figures["libblkio"] = []
+    wait: peers.Wait = "poll" if poll else "event"
+    load = rw, bs, depth, wait, plan.seconds
+    clients = {"ours": lambda socket: peers.ours(socket, *load)}
+    if blkio := peers.blkio(left_out):
+        clients["libblkio"] = lambda socket: peers.blkio_bench(blkio, socket, *load)
+    if fio := peers.fio(left_out):
+        clients["fio on libblkio"] = lambda socket: peers.fio_on_libblkio(fio, socket, *load)
+    got: dict[str, list[peers.Measured]] = {who: [] for who in clients}
     for turn in range(plan.turns):
-        for who, figures in list(row.figures.items())[:: 1 if turn % 2 else -1]:
+        for who in list(clients)[:: 1 if turn % 2 else -1]:
             with peers.storage_daemon(backing) as socket:  # a fresh one, as it adapts to what it has seen
-                if who == "ours":
-                    wait = "poll" if poll else "event"
-                    figures.append(peers.ours(socket, rw, bs, depth, wait, plan.seconds).iops)
-                elif blkio is not None:
-                    figures.append(peers.blkio_bench(blkio, socket, rw, bs, depth, poll, plan.seconds))
-    yield row
+                got[who].append(clients[who](socket))
+    yield Row(what, "IOPS", {who: [each.iops for each in turns] for who, turns in got.items()})
+    if fio:
+        tell = {who: [each.p99_us or math.nan for each in got[who]] for who in got if who != "libblkio"}
+        yield Row(f"{what}, p99", "us", tell, more_is_better=False)
 
 
 def against_spdk(plan: Plan, left_out: list[str]) -> Iterator[Row]:
@@ -126,6 +129,7 @@ def against_spdk(plan: Plan, left_out: list[str]) -> Iterator[Row]:
             for backing in ("RAM disk", "null"):
                 for depth in (1, 32, 128 if kind == "blk" else 127):  # of cmd_per_lun one is for probes
                     yield from _beside_bdevperf(tree, kind, backing, depth, plan)
+            yield from _beside_bdevperf(tree, kind, "delayed", 32, plan)
 
 
 def _beside_bdevperf(tree: Path, kind: str, backing: str, depth: int, plan: Plan) -> Iterator[Row]:

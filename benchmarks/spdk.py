@@ -27,6 +27,7 @@ _MEMORY_MIB = 512  # of each
 _BLOCK = 512
 _BEGUN = 1000  # requests that have ended
 _RAM_BYTES, _NULL_BYTES = 64 << 20, 1 << 30
+_DELAY_US = 50
 
 
 def tree(left_out: list[str]) -> Path | None:
@@ -59,18 +60,27 @@ def tree(left_out: list[str]) -> Path | None:
 
 @contextlib.contextmanager
 def target(spdk: Path, kind: str, backing: str) -> Iterator[tuple[str, str]]:
-    """A disk of its vhost target on the target's core, a "RAM disk" or "null": its socket, and its RPC."""
+    """A disk of its vhost target on the target's core: its socket, and its RPC.
+
+    A "RAM disk", "null", or "delayed": a RAM disk that takes 50 us for a request, and any number at once.
+    """
     with tempfile.TemporaryDirectory(prefix="bench-", dir="/dev/shm") as folder:
         make = "bdev_null_create" if backing == "null" else "bdev_malloc_create"
         nbytes = _NULL_BYTES if backing == "null" else _RAM_BYTES
-        disk = {"name": "Disk0", "num_blocks": nbytes // _BLOCK, "block_size": _BLOCK}
+        disk: dict[str, object] = {"name": "Disk0", "num_blocks": nbytes // _BLOCK, "block_size": _BLOCK}
+        bdevs = [(make, disk)]
+        if backing == "delayed":
+            disk["name"] = "Base0"
+            latencies = {f"{of}_{rw}_latency": _DELAY_US for of in ("avg", "p99") for rw in ("read", "write")}
+            delay = {"name": "Disk0", "base_bdev_name": "Base0", **latencies}
+            bdevs.append(("bdev_delay_create", delay))
         if kind == "blk":
             calls = [("vhost_create_blk_controller", {"ctrlr": "socket", "dev_name": "Disk0"})]
         else:
             calls = [("vhost_create_scsi_controller", {"ctrlr": "socket"})]
             unit = {"ctrlr": "socket", "scsi_target_num": 0, "bdev_name": "Disk0"}
             calls.append(("vhost_scsi_controller_add_target", unit))
-        config = _configuration(f"{folder}/config", {"bdev": [(make, disk)], f"vhost_{kind}": calls})
+        config = _configuration(f"{folder}/config", {"bdev": bdevs, f"vhost_{kind}": calls})
         argv = [
             str(spdk / "build/bin/vhost"),
             "-c",
@@ -196,7 +206,7 @@ class _Sample(NamedTuple):
 def _sample(rpc: str) -> _Sample:
     statistics = json.loads(call(rpc, "bdev_get_iostat", None, 1.0))["bdevs"]
     threads = json.loads(call(rpc, "thread_get_stats", None, 1.0))
-    requests = sum(each["num_read_ops"] + each["num_write_ops"] for each in statistics)
+    requests = max(each["num_read_ops"] + each["num_write_ops"] for each in statistics)  # one on another
     busy, idle = (sum(thread[what] for thread in threads["threads"]) for what in ("busy", "idle"))
     tick_ns = 1e9 / threads["tick_rate"]
     return _Sample(requests, busy * tick_ns, (busy + idle) * tick_ns)

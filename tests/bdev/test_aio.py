@@ -26,6 +26,7 @@ from virtio.errors import (
 )
 from virtio.target import serve
 from virtio_bdev import aio
+from virtio_bdev.aio.reactor import Reactor
 
 BLOCK = 4096
 
@@ -140,12 +141,12 @@ async def test_the_loop_gives_the_queue_one_turn_in_each_of_its_own(disk, monkey
     kind, address, _ = disk
     turns = 0
 
-    def counted(self, turn=aio._Reactor._turn):
+    def counted(self, turn=Reactor._turn):
         nonlocal turns
         turns += 1
         turn(self)
 
-    monkeypatch.setattr(aio._Reactor, "_turn", counted)
+    monkeypatch.setattr(Reactor, "_turn", counted)
     async with await aio.attach(address, dev_type=kind) as controller, first(controller).open() as channel:
 
         async def reads(buffer):

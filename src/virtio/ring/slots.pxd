@@ -30,7 +30,7 @@ from virtio.ring.task cimport Task
 from virtio.ring.template cimport Template
 
 cdef int _WRITES
-cdef uint32_t _CLOCK_EVERY, _ROUNDS, _EAGER, _QUIET, _REST_BITS, _REST_MOST
+cdef uint32_t _CLOCK_EVERY, _ROUNDS, _EAGER, _RESTING, _REST_BITS, _REST_MOST
 cdef int _AT_ONCE, _ALL
 cdef uint64_t _MOMENT
 
@@ -64,8 +64,8 @@ cdef class Slots:
     @cython.locals(last=uint32_t)
     cdef void _put_ended(self, uint32_t slot) noexcept nogil
     @cython.locals(begun=uint64_t, busy=uint64_t, now=uint64_t, spins=uint32_t, rounds=uint32_t,
-                   patience=uint64_t, filled=int, got=int, began=uint64_t, timed=bint, most=uint64_t,
-                   left=uint64_t, pause=uint64_t, slept=int, quiet=uint32_t, gathers=bint, rests=uint32_t,
+                   patience=uint64_t, filled=int, got=int, began=uint64_t, timed=bint,
+                   left=uint64_t, pause=uint64_t, slept=int, in_vain=uint32_t, rests=uint32_t,
                    due=uint32_t)
     cdef int _run(self, Task task, uint64_t slice_ns, uint64_t spin_ns) noexcept nogil
     @cython.locals(count=int, limit=int, started=int, rung=bint)

@@ -108,9 +108,10 @@ _CLOCK_EVERY = 64  # spins between two looks at the clock; a rest is one, too
 # target answers sooner, and a look that comes 40 to 140 cycles late costs more than it saves. Interpreted, to
 # relax is to let others run.
 _EAGER = 1000 if cython.compiled else 64
-_QUIET = 8  # looks that found nothing: what the device had ready is all here
-# Rests between such looks, in which the rings' cache lines are the device's: one for every four requests that
-# it has to do meanwhile, up to a microsecond. Interpreted, none: each look takes longer.
+# Rests between looks that find nothing, in which the rings' cache lines are the device's: one for every four
+# requests that it has to do meanwhile, up to a microsecond. A device that is not back after so many looks is
+# waiting for something itself, and nobody disturbs it. Interpreted, none: each look takes longer.
+_RESTING = 8
 _REST_BITS = 2 if cython.compiled else 32
 _REST_MOST = 32
 _AT_ONCE = 16  # requests that are shown to a device which is at work: it begins while others are written
@@ -311,9 +312,8 @@ class Slots:
         busy = begun  # when something last happened
         spins = 0
         due = 0  # so many spins, and it is time to look at the clock
-        quiet = 0  # looks since something came
+        in_vain = 0  # looks since something came
         rounds = 0
-        most = task._depth if task._depth < self.slots else self.slots
         began = 0  # the round, where that is wanted
         timed = task.load is not None and task.load.timed
         while True:
@@ -321,10 +321,7 @@ class Slots:
                 began = ticks()
             if load_acquire_u32(self._stop, 0):
                 return PAUSED if load_acquire_u32(self._stop, 0) == PAUSE else LOST
-            # While the device has plenty to do, what comes in one go is answered in one go: the fewer moments
-            # at which both sides touch the rings, the sooner the last of these requests is back.
-            gathers = quiet < _QUIET and 4 * task.active > 3 * most
-            filled = 0 if gathers else self._feed(task)
+            filled = self._feed(task)
             if filled < 0:
                 return UNFIT
             if task._mode == LOADED:
@@ -337,7 +334,7 @@ class Slots:
             if task.finished == task.total:
                 return DONE
             if got:
-                quiet = 0
+                in_vain = 0
             if filled or got:
                 if timed:
                     task.load.busy += ticks() - began
@@ -346,16 +343,12 @@ class Slots:
                 if rounds % _ROUNDS == 0 and now_ns() - begun > slice_ns:
                     return TICK
                 continue
-            quiet += 1
-            if gathers and quiet == _QUIET:
-                continue
-            rests = task.active >> _REST_BITS
+            rests = task.active >> _REST_BITS if in_vain < _RESTING else 0
             if rests > _REST_MOST:
                 rests = _REST_MOST
             for _ in range(rests):
                 relax()
-            if gathers:
-                continue
+            in_vain += 1
             if spins == 0:
                 busy = now_ns()
                 due = _CLOCK_EVERY

@@ -1,27 +1,15 @@
-"""The same block devices for asyncio: the same names, awaited.
-
-    async with await aio.attach("user:/run/vhost.0", dev_type="blk") as controller:
-        async with controller["VirtioBlk0"].open() as channel:
-            data = await channel.read(0, 4096)
-
-A channel belongs to the event loop, and so to the thread, that opened it. Any number of calls may be
-under way on it: those for which the queue has no room wait in order. A call that is cancelled, or whose
-time is up, ends at once; its request keeps its memory until the device has returned it, may still take
-effect, and what it writes gets no other write before that.
-"""
+"""Reads and writes of one disk by one event loop."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import functools
 import itertools
-import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any
 
 from virtio.errors import (
     ClosedError,
@@ -33,184 +21,17 @@ from virtio.errors import (
     VirtioError,
 )
 from virtio.ring.buffer import Buffer
-from virtio_bdev import registry
 from virtio_bdev.channel import flat
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer as BufferProtocol
 
-    from virtio.device.disk import Limits
-    from virtio.ring.lease import Lease
-    from virtio_bdev import bdev as blocking
+    from virtio_bdev.aio import Bdev
     from virtio_bdev.channel import Channel as BlockingChannel
-    from virtio_bdev.events import Event
 
-T = TypeVar("T")
-
-MAX_WAITING = 1 << 16  # calls on one channel that wait for room in the queue
 _POLL_AT_ONCE = 256  # completions between two looks at everything else in the loop
-_IN_VAIN = 8  # looks for what is in flight, one each turn of the loop, before sleeping: which takes as long
 _CACHED = 256  # bounce buffers that a channel keeps
 _ZERO_BYTES = 256 << 10  # of zeros, where the device cannot write zeroes itself
-
-
-async def attach(address: str, **options: Any) -> Controller:
-    """As `virtio_bdev.attach`, without blocking the loop; any number of them at the same time.
-
-    A cancelled one is detached as soon as it is there.
-    """
-    future = _in_thread(functools.partial(registry.attach, address, **options))
-    try:
-        return Controller(await asyncio.shield(future))
-    except asyncio.CancelledError:
-        future.add_done_callback(_discard)
-        raise
-
-
-def _discard(future: asyncio.Future[registry.Controller]) -> None:
-    if not future.cancelled() and future.exception() is None:
-        threading.Thread(target=future.result().close, name="virtio-detach").start()
-
-
-def _in_thread(function: Callable[[], T]) -> asyncio.Future[T]:
-    """Run it in a thread of its own: an executor has few, and these wait for different devices."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def finish(result: T | None, error: BaseException | None) -> None:
-        if future.cancelled():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]
-
-    def run() -> None:
-        result, error = None, None
-        try:
-            result = function()
-        except BaseException as failure:
-            error = failure
-        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
-            loop.call_soon_threadsafe(finish, result, error)
-
-    threading.Thread(target=run, name="virtio-aio", daemon=True).start()
-    return future
-
-
-class Controller(Mapping[str, "Bdev"]):
-    """An attached device: its disks by name; an asynchronous context manager."""
-
-    def __init__(self, inner: registry.Controller) -> None:
-        self.blocking = inner
-        self.name, self.address = inner.name, inner.address
-        self._reactors: dict[tuple[int, Lease], _Reactor] = {}
-
-    def buffer(self, nbytes: int) -> Buffer:
-        """DMA memory that any channel of this controller moves data to and from without a copy."""
-        return self.blocking.buffer(nbytes)
-
-    async def events(self) -> AsyncIterator[Event]:
-        """What happens to the disks from now on; ends with the controller."""
-        loop, flag = asyncio.get_running_loop(), asyncio.Event()
-        stream = self.blocking.events()
-
-        def wake() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
-                loop.call_soon_threadsafe(flag.set)
-
-        stream.wake = wake
-        while True:
-            flag.clear()
-            event = stream.wait(0)
-            if event is not None:
-                yield event
-            elif stream.ended:
-                return
-            else:
-                await flag.wait()
-
-    async def rescan(self) -> None:
-        """Look for disks that came or went without an event."""
-        await _in_thread(self.blocking.rescan)
-
-    async def close(self) -> None:
-        """Detach: calls under way raise ClosedError, the device is stopped; idempotent."""
-        for reactor in list(self._reactors.values()):
-            reactor.close()
-        await asyncio.shield(_in_thread(self.blocking.close))
-
-    def reactor(self, lease: Lease) -> _Reactor:
-        """What drives this lease in the running loop; for `Channel`."""
-        key = id(asyncio.get_running_loop()), lease
-        reactor = self._reactors.get(key)
-        if reactor is None or reactor.closed:
-            reactor = self._reactors[key] = _Reactor(lease)
-        return reactor
-
-    def __getitem__(self, name: str) -> Bdev:
-        return Bdev(self, self.blocking[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.blocking)
-
-    def __len__(self) -> int:
-        return len(self.blocking)
-
-    def __bool__(self) -> bool:
-        return True
-
-    async def __aenter__(self) -> Controller:
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self.close()
-
-    def __repr__(self) -> str:
-        return repr(self.blocking).replace("<", "<aio ", 1)
-
-
-class Bdev:
-    """A named block device; what it is, is as in `virtio_bdev.Bdev`."""
-
-    def __init__(self, controller: Controller, inner: blocking.Bdev) -> None:
-        self.controller, self.blocking = controller, inner
-        self.name, self.uuid = inner.name, inner.uuid
-
-    @property
-    def size(self) -> int:
-        return self.blocking.size
-
-    @property
-    def block_size(self) -> int:
-        return self.blocking.block_size
-
-    @property
-    def read_only(self) -> bool:
-        return self.blocking.read_only
-
-    @property
-    def limits(self) -> Limits:
-        return self.blocking.limits
-
-    @property
-    def state(self) -> str:
-        return self.blocking.state
-
-    def open(self, *, timeout: float | None = 30.0, max_waiting: int = MAX_WAITING) -> Channel:
-        """A channel of the running loop; use it in `async with`.
-
-        `timeout` bounds each call, in seconds; of more than `max_waiting` calls for which the queue has
-        no room, one raises QueueFullError.
-        """
-        return Channel(self, timeout=timeout, max_waiting=max_waiting)
-
-    async def reset(self) -> None:
-        """As `virtio_bdev.Bdev.reset`."""
-        await _in_thread(self.blocking.reset)
-
-    def __repr__(self) -> str:
-        return repr(self.blocking).replace("<", "<aio ", 1)
 
 
 class _Call:
@@ -222,98 +43,6 @@ class _Call:
         self, begin: Callable[[int], bool], token: int, due: float, future: asyncio.Future[None]
     ) -> None:
         self.begin, self.token, self.due, self.future = begin, token, due, future
-
-
-class _Reactor:
-    """Sleeps for one queue in one loop, and lets its channels know; begins what waits in turns."""
-
-    def __init__(self, lease: Lease) -> None:
-        self.lease = lease
-        self.loop = asyncio.get_running_loop()
-        self.closed = False
-        self._channels: dict[int, Channel] = {}  # by owner
-        self._due = False  # a turn, that the loop knows of
-        self._in_vain = 0
-        self.loop.add_reader(lease.completion_fd, self._signalled)
-        self._life_fd = lease.life.fd
-        if self._life_fd >= 0:
-            self.loop.add_reader(self._life_fd, self._lost)
-
-    def join(self, channel: Channel) -> None:
-        self._channels[channel.inner.owner] = channel
-
-    def leave(self, channel: Channel) -> None:
-        self._channels.pop(channel.inner.owner, None)
-        if not self._channels:
-            self._stop()
-
-    def _stop(self) -> None:
-        if not self.closed:
-            self.closed = True
-            self.loop.remove_reader(self.lease.completion_fd)
-            if self._life_fd >= 0:
-                self.loop.remove_reader(self._life_fd)
-
-    def close(self) -> None:
-        """End all of its channels."""
-        for channel in list(self._channels.values()):
-            channel.end(ClosedError(f"the controller of {channel.bdev.name} was closed"))
-            channel.release()
-
-    def submitted(self) -> None:
-        """Something was submitted, or waits for room."""
-        self._in_vain = 0
-        self.soon()
-
-    def soon(self) -> None:
-        """There may be something to do: see to it once all that is ready now has run."""
-        if not self._due and not self.closed:
-            self._due = True
-            self.loop.call_soon(self._due_turn)
-
-    def _due_turn(self) -> None:
-        self._due = False
-        self._turn()
-
-    def _signalled(self) -> None:
-        if not self._due:  # else that turn is among what the loop runs now, and one is enough
-            self._turn()
-
-    def _turn(self) -> None:
-        if self.closed:
-            return
-        channels = list(self._channels.values())
-        try:
-            moved = channels[0].collect()
-            for owner in channels[0].inner.queue.owners():
-                if owner in self._channels:
-                    moved |= self._channels[owner].collect()
-            moved |= self._feed(channels)
-            self._in_vain = 0 if moved else self._in_vain + 1
-            soon = moved or (self._in_vain <= _IN_VAIN and self.lease.queue.in_flight)
-            if soon or not channels[0].inner.arm():
-                self.soon()
-        except VirtioError as error:
-            if not self.lease.life.error:
-                self._fail(error)
-
-    def _feed(self, channels: list[Channel]) -> bool:
-        """Begin what waits, one call of each channel at a time; whether there was any."""
-        begun = False
-        waiting = [channel for channel in channels if channel.waiting]
-        while waiting:
-            waiting = [channel for channel in waiting if channel.begin_next()]
-            begun |= bool(waiting)
-        return begun
-
-    def _lost(self) -> None:
-        error = self.lease.life.error or ClosedError("the device has gone")
-        self._fail(error)
-
-    def _fail(self, error: VirtioError) -> None:
-        for channel in list(self._channels.values()):
-            channel.end(type(error)(*error.args))
-        self._stop()
 
 
 class Channel:
@@ -488,6 +217,23 @@ class Channel:
                 raise result
 
     async def _read_part(self, offset: int, nbytes: int, into: memoryview | None) -> bytes:
+        room = await self._bounced(self.inner.submit_read, offset, nbytes)
+        view = room.view()[:nbytes]
+        result = b""
+        if into is None:
+            result = bytes(view)
+        else:
+            into[:] = view
+        self._give(room)
+        return result
+
+    async def _write_part(self, offset: int, data: memoryview) -> None:
+        self._give(await self._bounced(self.inner.submit_write, offset, data.nbytes, data))
+
+    async def _bounced(
+        self, submit: Callable[..., bool], offset: int, nbytes: int, data: memoryview | None = None
+    ) -> Buffer:
+        """Move data by way of a bounce buffer, to be given back, which takes `data` along."""
         room: Buffer | None = None
 
         def begin(token: int) -> bool:
@@ -495,7 +241,9 @@ class Channel:
             room = self._take(nbytes)
             if room is None:
                 return False
-            if self.inner.submit_read(offset, room, token, nbytes=nbytes):
+            if data is not None:
+                room.view()[:nbytes] = data
+            if submit(offset, room, token, nbytes=nbytes):
                 return True
             self._give(room)
             room = None
@@ -508,38 +256,7 @@ class Channel:
                 room.close()  # to the pool, once the device has returned it
             raise
         assert room is not None
-        view = room.view()[:nbytes]
-        result = b""
-        if into is None:
-            result = bytes(view)
-        else:
-            into[:] = view
-        self._give(room)
-        return result
-
-    async def _write_part(self, offset: int, data: memoryview) -> None:
-        room: Buffer | None = None
-
-        def begin(token: int) -> bool:
-            nonlocal room
-            room = self._take(data.nbytes)
-            if room is None:
-                return False
-            room.view()[: data.nbytes] = data
-            if self.inner.submit_write(offset, room, token, nbytes=data.nbytes):
-                return True
-            self._give(room)
-            room = None
-            return False
-
-        try:
-            await self._call(begin)
-        except BaseException:
-            if room is not None:
-                room.close()
-            raise
-        assert room is not None
-        self._give(room)
+        return room
 
     def _take(self, nbytes: int) -> Buffer | None:
         """A bounce buffer; None if there is none now, but will be when a request is back."""

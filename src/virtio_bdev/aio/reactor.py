@@ -1,0 +1,106 @@
+"""What drives one queue in an event loop: it collects what is back, begins what waits, and sleeps."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from virtio.errors import ClosedError, VirtioError
+
+if TYPE_CHECKING:
+    from virtio.ring.lease import Lease
+    from virtio_bdev.aio.channel import Channel
+
+_IN_VAIN = 8  # looks for what is in flight, one each turn of the loop, before sleeping: which takes as long
+
+
+class Reactor:
+    """Drives one queue in one loop, for all the channels that share it: in turns, and asleep in between."""
+
+    def __init__(self, lease: Lease) -> None:
+        self.lease = lease
+        self.loop = asyncio.get_running_loop()
+        self.closed = False
+        self._channels: dict[int, Channel] = {}  # by owner
+        self._due = False  # a turn, that the loop knows of
+        self._in_vain = 0
+        self.loop.add_reader(lease.completion_fd, self._signalled)
+        self._life_fd = lease.life.fd
+        if self._life_fd >= 0:
+            self.loop.add_reader(self._life_fd, self._lost)
+
+    def join(self, channel: Channel) -> None:
+        self._channels[channel.inner.owner] = channel
+
+    def leave(self, channel: Channel) -> None:
+        self._channels.pop(channel.inner.owner, None)
+        if not self._channels:
+            self._stop()
+
+    def _stop(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self.loop.remove_reader(self.lease.completion_fd)
+            if self._life_fd >= 0:
+                self.loop.remove_reader(self._life_fd)
+
+    def close(self) -> None:
+        """End all of its channels."""
+        for channel in list(self._channels.values()):
+            channel.end(ClosedError(f"the controller of {channel.bdev.name} was closed"))
+            channel.release()
+
+    def submitted(self) -> None:
+        """Something was submitted, or waits for room."""
+        self._in_vain = 0
+        self.soon()
+
+    def soon(self) -> None:
+        """There may be something to do: see to it once all that is ready now has run."""
+        if not self._due and not self.closed:
+            self._due = True
+            self.loop.call_soon(self._due_turn)
+
+    def _due_turn(self) -> None:
+        self._due = False
+        self._turn()
+
+    def _signalled(self) -> None:
+        if not self._due:  # else that turn is among what the loop runs now, and one is enough
+            self._turn()
+
+    def _turn(self) -> None:
+        if self.closed:
+            return
+        channels = list(self._channels.values())
+        try:
+            moved = channels[0].collect()
+            for owner in channels[0].inner.queue.owners():
+                if owner in self._channels:
+                    moved |= self._channels[owner].collect()
+            moved |= self._feed(channels)
+            self._in_vain = 0 if moved else self._in_vain + 1
+            soon = moved or (self._in_vain <= _IN_VAIN and self.lease.queue.in_flight)
+            if soon or not channels[0].inner.arm():
+                self.soon()
+        except VirtioError as error:
+            if not self.lease.life.error:
+                self._fail(error)
+
+    def _feed(self, channels: list[Channel]) -> bool:
+        """Begin what waits, one call of each channel at a time; whether there was any."""
+        begun = False
+        waiting = [channel for channel in channels if channel.waiting]
+        while waiting:
+            waiting = [channel for channel in waiting if channel.begin_next()]
+            begun |= bool(waiting)
+        return begun
+
+    def _lost(self) -> None:
+        error = self.lease.life.error or ClosedError("the device has gone")
+        self._fail(error)
+
+    def _fail(self, error: VirtioError) -> None:
+        for channel in list(self._channels.values()):
+            channel.end(type(error)(*error.args))
+        self._stop()
