@@ -206,7 +206,7 @@ class _Sample(NamedTuple):
 def _sample(rpc: str) -> _Sample:
     statistics = json.loads(call(rpc, "bdev_get_iostat", None, 1.0))["bdevs"]
     threads = json.loads(call(rpc, "thread_get_stats", None, 1.0))
-    requests = max(each["num_read_ops"] + each["num_write_ops"] for each in statistics)  # one on another
+    requests = max((one["num_read_ops"] + one["num_write_ops"] for one in statistics), default=0)
     busy, idle = (sum(thread[what] for thread in threads["threads"]) for what in ("busy", "idle"))
     tick_ns = 1e9 / threads["tick_rate"]
     return _Sample(requests, busy * tick_ns, (busy + idle) * tick_ns)
