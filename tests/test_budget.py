@@ -52,7 +52,7 @@ def calls(what):
 @pytest.mark.parametrize("wait", ["poll", "event"])
 @pytest.mark.parametrize("way", ["batch", "bench"])
 def test_ten_times_as_many_requests_are_no_more_calls_of_the_interpreter(kind, wait, way):
-    """But for what it does fifty times a second, whatever there is to do."""
+    """But for what it does twenty times a second, whatever there is to do."""
     with (
         serve(kind, "ram:1M") as target,
         virtio_bdev.attach(target.address, dev_type=kind) as controller,

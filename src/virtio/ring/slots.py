@@ -312,7 +312,7 @@ class Slots:
         busy = begun  # when something last happened
         spins = 0
         due = 0  # so many spins, and it is time to look at the clock
-        in_vain = 0  # looks since something came
+        in_vain = 0  # looks since something happened
         rounds = 0
         began = 0  # the round, where that is wanted
         timed = task.load is not None and task.load.timed
@@ -333,12 +333,11 @@ class Slots:
                 return FAULT
             if task.finished == task.total:
                 return DONE
-            if got:
-                in_vain = 0
             if filled or got:
                 if timed:
                     task.load.busy += ticks() - began
                 spins = 0
+                in_vain = 0
                 rounds += 1
                 if rounds % _ROUNDS == 0 and now_ns() - begun > slice_ns:
                     return TICK
