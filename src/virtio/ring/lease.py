@@ -45,9 +45,10 @@ _IN_USE = "another thread is inside a call on this queue: open a channel in each
 _TRIES = 8  # of a request that a transient error hits
 _PAUSE_S = 0.001  # before the second try; longer before each further one
 _FOREVER_S = 1e6  # longer than poll(2) can wait, and anybody
-# How long a compiled loop may keep a Ctrl-C waiting. To come back to the interpreter takes it 10 to 20 us, for
-# which all that is in flight waits: fifty times a second that was seen in p99.
+# How long a compiled loop may keep a Ctrl-C waiting. It comes back to the interpreter for 10 to 20 us, while
+# all that is in flight waits: fifty times a second that was seen in p99.
 _SLICE_NS = 50_000_000
+_SLICE_LEAST_NS = 1_000_000  # for what was sent at the last moment
 
 
 _REASONS = {
@@ -71,7 +72,9 @@ def deadline_in(seconds: float | None) -> int | None:
 
 def _slice_until(moment: int | None) -> int:
     """How many ns a compiled loop may go on, if something is to be done at that moment."""
-    return _SLICE_NS if moment is None else min(_SLICE_NS, max(1, moment - time.monotonic_ns()))
+    if moment is None:
+        return _SLICE_NS
+    return min(_SLICE_NS, max(_SLICE_LEAST_NS, moment - time.monotonic_ns()))
 
 
 def _earlier(deadline: int | None, seconds: float | None) -> int | None:
