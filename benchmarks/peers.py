@@ -165,12 +165,8 @@ def blkio_bench(
     """libblkio's own benchmark, which tells no latencies."""
     said = _client(
         *(str(program), f"--runtime={seconds:.0f}", f"--readwrite={rw}", f"--blocksize={bs}"),
-        *(
-            f"--iodepth={depth}",
-            *(["--poll"] if wait == "poll" else []),
-            "virtio-blk-vhost-user",
-            f"path={socket}",
-        ),
+        *(["--poll"] if wait == "poll" else []),
+        *(f"--iodepth={depth}", "virtio-blk-vhost-user", f"path={socket}"),
         seconds=seconds,
         env={"LD_LIBRARY_PATH": str(program.parent)},
     )

@@ -20,7 +20,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import driver
 import growth
@@ -91,19 +91,18 @@ def vhost(plan: Plan, left_out: list[str]) -> Iterator[Row]:
     """qemu-storage-daemon's vhost-user-blk: ours and libblkio."""
     for backing in ("null-co", "file in RAM"):
         for rw, bs, depths in (("randread", 4096, (1, 32, 128)), ("randwrite", 4096, (1, 32, 128))):
-            for poll in (True, False):
+            for wait in get_args(peers.Wait):
                 for depth in depths:
-                    yield from _compare(backing, rw, bs, depth, poll, plan, left_out)
-        yield from _compare(backing, "read", 131072, 32, True, plan, left_out)
+                    yield from _compare(backing, rw, bs, depth, wait, plan, left_out)
+        yield from _compare(backing, "read", 131072, 32, "poll", plan, left_out)
 
 
 def _compare(
-    backing: str, rw: str, bs: int, depth: int, poll: bool, plan: Plan, left_out: list[str]
+    backing: str, rw: str, bs: int, depth: int, wait: peers.Wait, plan: Plan, left_out: list[str]
 ) -> Iterator[Row]:
-    what = f"{backing}, {bs // 1024} KiB {rw}, QD {depth}, {'polled' if poll else 'eventfd'}"
+    what = f"{backing}, {bs // 1024} KiB {rw}, QD {depth}, {'polled' if wait == 'poll' else 'eventfd'}"
     if not plan.wants(what):
         return
-    wait: peers.Wait = "poll" if poll else "event"
     load = rw, bs, depth, wait, plan.seconds
     clients = {"ours": lambda socket: peers.ours(socket, *load)}
     if blkio := peers.blkio(left_out):
