@@ -23,6 +23,7 @@ MODULES = [
     "virtio.ring.buffer",
     "virtio.ring.device",
     "virtio.ring.doorbell",
+    "virtio.ring.gather",
     "virtio.ring.load",
     "virtio.ring.packed",
     "virtio.ring.requests",

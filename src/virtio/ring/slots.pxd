@@ -24,6 +24,7 @@ from virtio.ring._os cimport now_ns, relax, sleep_on, ticks
 from virtio.ring._vring cimport *
 from virtio.ring.codes cimport *
 from virtio.ring.doorbell cimport Doorbell
+from virtio.ring.gather cimport Gathering
 from virtio.ring.packed cimport PackedRing
 from virtio.ring.split cimport SplitRing
 from virtio.ring.task cimport Task
@@ -32,6 +33,7 @@ from virtio.ring.template cimport Template
 cdef int _WRITES
 cdef uint32_t _CLOCK_EVERY, _ROUNDS, _EAGER, _RESTING, _REST_BITS, _REST_MOST
 cdef int _AT_ONCE, _ALL
+cdef uint32_t _QUIET, _QUIET_RESTS, _GATHER_FROM
 cdef uint64_t _MOMENT
 
 
@@ -47,6 +49,7 @@ cdef class Slots:
     cdef object _buffer, _layout, _region_view, _table_array
     cdef object _records_owner, _free_array, _faults_array, _ended_array, _early_array, _stop_owner
     cdef Doorbell _doorbell
+    cdef readonly Gathering gathering
     cdef Task _nothing
     cdef object _places_array
     cdef Mem _places
@@ -66,7 +69,7 @@ cdef class Slots:
     @cython.locals(begun=uint64_t, busy=uint64_t, now=uint64_t, spins=uint32_t, rounds=uint32_t,
                    patience=uint64_t, filled=int, got=int, began=uint64_t, timed=bint,
                    left=uint64_t, pause=uint64_t, slept=int, in_vain=uint32_t, rests=uint32_t,
-                   due=uint32_t)
+                   due=uint32_t, most=uint64_t, tries=bint, gathers=bint)
     cdef int _run(self, Task task, uint64_t slice_ns, uint64_t spin_ns) noexcept nogil
     @cython.locals(count=int, limit=int, started=int, rung=bint)
     cdef int _feed(self, Task task) noexcept nogil

@@ -89,6 +89,7 @@ if not cython.compiled:
         UNFIT,
     )
     from virtio.ring.doorbell import Doorbell
+    from virtio.ring.gather import Gathering
     from virtio.ring.task import Task
     from virtio.ring.template import Template
 
@@ -116,6 +117,9 @@ _REST_BITS = 2 if cython.compiled else 32
 _REST_MOST = 32
 _AT_ONCE = 16  # requests that are shown to a device which is at work: it begins while others are written
 _ALL = 1 << 30
+_GATHER_FROM = 8  # the depth from which gathering is tried: below, the device has little else to do
+_QUIET = 8 if cython.compiled else 1  # looks that find nothing, after which a burst is over
+_QUIET_RESTS = 4 if cython.compiled else 0  # between these
 _MOMENT = 3000  # ns of spinning in any case, where several answers are due: to sleep takes as long
 _ROUNDS = 8  # rounds that moved something: each may copy megabytes
 
@@ -165,6 +169,7 @@ class Slots:
         self.broken = False
         self.taken = self.entered = self.awaited = self.woken = False
         self._doorbell = Doorbell()
+        self.gathering = Gathering()
         self._wake_fd = self._end_fd = -1
         self._layout = layout
         self._region_view = region
@@ -316,12 +321,18 @@ class Slots:
         rounds = 0
         began = 0  # the round, where that is wanted
         timed = task.load is not None and task.load.timed
+        most = task._depth if task._depth < self.slots else self.slots
+        tries = most >= _GATHER_FROM
+        if tries:
+            self.gathering.begin(begun)
         while True:
             if timed:
                 began = ticks()
             if load_acquire_u32(self._stop, 0):
                 return PAUSED if load_acquire_u32(self._stop, 0) == PAUSE else LOST
-            filled = self._feed(task)
+            # With a quarter of the depth in the device's hands at least, for which there is more to start.
+            gathers = tries and self.gathering.on and in_vain < _QUIET and most < 4 * task.active < 4 * most
+            filled = 0 if gathers else self._feed(task)
             if filled < 0:
                 return UNFIT
             if task._mode == LOADED:
@@ -333,6 +344,8 @@ class Slots:
                 return FAULT
             if task.finished == task.total:
                 return DONE
+            if got and tries:
+                self.gathering.count(got)
             if filled or got:
                 if timed:
                     task.load.busy += ticks() - began
@@ -345,9 +358,13 @@ class Slots:
             rests = task.active >> _REST_BITS if in_vain < _RESTING else 0
             if rests > _REST_MOST:
                 rests = _REST_MOST
+            if gathers:
+                rests = _QUIET_RESTS
             for _ in range(rests):
                 relax()
             in_vain += 1
+            if gathers:
+                continue
             if spins == 0:
                 busy = now_ns()
                 due = _CLOCK_EVERY

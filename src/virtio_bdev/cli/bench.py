@@ -19,7 +19,7 @@ from virtio_bdev.cli.options import SIZE, choose, device_options, progress
 from virtio_bdev.config import BdevSpec
 from virtio_bdev.verify import How, verify
 
-_SHALLOW = 16  # an iodepth up to which small queues are faster
+_SHALLOW = 32  # an iodepth up to which small queues are faster
 # What --verify has no use for.
 _OF_BENCH = {*bench.Job.__dataclass_fields__, "numjobs", "as_json", "earlier", "plot"}
 _OF_BENCH -= {"bs", "offset", "size", "seed"}
@@ -130,7 +130,7 @@ def command(
     """Measure a disk behind ADDRESS: requests a second, and how long each takes.
 
     All but read and randread overwrite the disk with random bytes. Ctrl-C ends it, and shows what was
-    measured until then. Unless --queue-size is given, a queue is as small as an --iodepth of up to 16 allows.
+    measured until then. Unless --queue-size is given, a queue is as small as an --iodepth of up to 32 allows.
     """
     job = bench.Job(**how)
     if verifies or verify_only:

@@ -1,0 +1,21 @@
+"""C types for gather.py; all code is there."""
+
+cimport cython
+from libc.stdint cimport uint32_t, uint64_t
+
+from virtio.ring._os cimport now_ns
+
+cdef uint32_t _TRIAL, _HELD
+cdef uint64_t _EPOCH, _TOLERANCE, _FRACTION, _NEVER
+
+
+@cython.final
+cdef class Gathering:
+    cdef public bint on
+    cdef uint32_t _epochs
+    cdef uint64_t _done, _since, _with, _without
+
+    cpdef void begin(self, uint64_t now) noexcept nogil
+    cpdef void count(self, uint64_t done) noexcept nogil
+    @cython.locals(took=uint64_t)
+    cpdef void end_epoch(self, uint64_t now) noexcept nogil

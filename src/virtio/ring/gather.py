@@ -1,0 +1,65 @@
+"""Whether to answer in one go what a device completes in one burst: found out by trying both.
+
+A device takes the requests that it finds, works on them, and gives them back in a burst. What is submitted amid
+that burst is in its next round, what comes a moment later in the one after: rounds grow and shrink, and latencies
+with them. What is submitted when the burst is over stays together. A device that is the limit has another round
+to do meanwhile: its rate remains what it was, and latencies are shorter and more even. One that has time left
+loses by each moment that a request is held back. Which of these it is cannot be seen; so the loop tries.
+"""
+
+from __future__ import annotations
+
+import cython
+
+if not cython.compiled:
+    from virtio.ring._os import now_ns
+
+# Requests of an epoch: at depth 32, 128 rounds. What the other way did to a device's rounds lasts for some
+# twenty of them, on a device whose clock ticks every 10 us.
+_EPOCH = 4096
+_TRIAL = 8  # epochs of a trial, of which every other one is with gathering
+_HELD = 120  # epochs for which its outcome holds: the wrong way costs its share of 4 in 128
+_TOLERANCE = 40  # one part in so many, by which two epochs differ anyway
+_FRACTION = 1 << 10  # of a nanosecond, in which the time of a request is told
+_NEVER = 1 << 62
+
+
+class Gathering:
+    """Whether the loop gathers (`on`): not before a trial has shown that it costs nothing.
+
+    A trial goes by the fastest epoch of either way, as all others were held up by something else. A run that is
+    shorter than an epoch tries nothing: it has what was found before.
+    """
+
+    def __init__(self) -> None:
+        self.on = False
+        self._epochs = self._done = self._since = 0
+        self._with = self._without = _NEVER  # time of a request in the fastest epoch
+
+    def begin(self, now: int) -> None:
+        """A run begins `now`, in nanoseconds, and so does an epoch."""
+        self._done, self._since = 0, now
+
+    def count(self, done: int) -> None:
+        """So many requests came back; at the end of an epoch this looks at the clock."""
+        self._done += done
+        if self._done >= _EPOCH:
+            self.end_epoch(now_ns())
+
+    def end_epoch(self, now: int) -> None:
+        """Say how to go on, after an epoch that ends `now`, with at least one request."""
+        took = (now - self._since) * _FRACTION // self._done
+        self.begin(now)
+        self._epochs += 1
+        if self._epochs <= _TRIAL:
+            if self.on:
+                self._with = min(self._with, took)
+            else:
+                self._without = min(self._without, took)
+            self.on = not self.on
+        if self._epochs == _TRIAL:
+            self.on = self._with - self._with // _TOLERANCE <= self._without
+        elif self._epochs == _TRIAL + _HELD:
+            self._epochs = 0
+            self._with = self._without = _NEVER
+            self.on = False

@@ -1,0 +1,91 @@
+"""Gathering bursts of completions: decided by trial, and of no consequence but for time."""
+
+import threading
+
+import pytest
+
+from tests.ring.test_load import loaded
+from tests.ring.test_requests import Bench, serve
+from virtio.ring import codes
+from virtio.ring.gather import Gathering
+from virtio.ring.load import Load
+
+TRIAL, PERIOD = 8, 128  # epochs of a trial, and from one trial to the next
+
+
+class Epochs:
+    """Epochs of one `Gathering`, which take a time of their own without it and another one with it."""
+
+    def __init__(self):
+        self.gathering = Gathering()
+        self.now = 0
+
+    def past(self, count, without, gathered):
+        """Let so many pass; how each was done."""
+        ways = []
+        for _ in range(count):
+            ways.append(self.gathering.on)
+            self.gathering.begin(self.now)
+            self.gathering.count(1000)
+            self.now += gathered if ways[-1] else without
+            self.gathering.end_epoch(self.now)
+        return ways
+
+
+def test_it_is_off_until_a_trial_of_both_ways_by_turns_has_shown_that_it_costs_nothing():
+    epochs = Epochs()
+    assert epochs.past(TRIAL, 1_000_000, 1_000_000) == [False, True] * (TRIAL // 2)
+    assert epochs.past(PERIOD - TRIAL, 1_000_000, 1_000_000) == [True] * (PERIOD - TRIAL)
+
+
+@pytest.mark.parametrize(("gathered", "on"), [(900, True), (1020, True), (1050, False), (1500, False)])
+def test_what_it_may_cost_is_a_fortieth(gathered, on):
+    epochs = Epochs()
+    epochs.past(TRIAL, 1_000_000, gathered * 1000)
+    assert epochs.gathering.on is on
+
+
+def test_an_outcome_holds_until_the_next_trial_and_not_longer():
+    epochs = Epochs()
+    epochs.past(PERIOD, 1_000_000, 1_000_000)
+    assert epochs.past(TRIAL, 1_000_000, 2_000_000) == [False, True] * (TRIAL // 2)
+    assert epochs.past(PERIOD - TRIAL, 1_000_000, 2_000_000) == [False] * (PERIOD - TRIAL)
+    epochs.past(TRIAL, 1_000_000, 1_000_000)
+    assert epochs.gathering.on  # nothing is left of what was measured a trial ago
+
+
+def test_epochs_that_were_held_up_do_not_count():
+    epochs = Epochs()
+    epochs.past(1, 1_000_000, 0)
+    epochs.past(TRIAL - 3, 50_000_000, 50_000_000)
+    epochs.past(1, 50_000_000, 50_000_000)
+    assert epochs.past(1, 50_000_000, 1_000_000) == [True]
+    assert epochs.gathering.on
+
+
+def test_a_run_that_is_shorter_than_an_epoch_tries_nothing():
+    gathering = Gathering()
+    for _ in range(100):
+        gathering.begin(0)
+        gathering.count(4095)
+        assert not gathering.on
+    gathering.count(1)
+    assert gathering.on  # the second epoch of a trial
+
+
+@pytest.mark.parametrize("depth", [8, 9, 32])
+def test_all_requests_are_done_and_no_more_at_once_than_the_depth_while_it_gathers(depth):
+    bench, disk, stop = Bench(32), bytearray(b"\x5a" * 4096), threading.Event()
+    bench.queue.gathering.on = True
+    device = threading.Thread(target=serve, args=(bench, disk, stop))
+    device.start()
+    try:
+        load = Load(512, 4096, random=True, requests=500)
+        task = loaded(bench, load, depth)
+        while (reason := bench.queue.run(task, 1_000_000, 1_000_000)) != codes.DONE:
+            assert reason in (codes.TICK, codes.IDLE)
+            assert task.active <= depth
+    finally:
+        stop.set()
+        device.join()
+    assert (load.latency.count, load.errors, bench.queue.in_flight) == (500, 0, 0)
