@@ -22,10 +22,15 @@ _HELD = 120  # epochs for which its outcome holds: the wrong way costs its share
 _TOLERANCE = 40  # one part in so many, by which two epochs differ anyway
 _FRACTION = 1 << 10  # of a nanosecond, in which the time of a request is told
 _NEVER = 1 << 62
+# A burst is over when nothing came for the time of some three requests, in eight looks with so many rests each:
+# one for this many ns that a request takes. Interpreted, none: each look takes longer.
+_REST_NS = 64 if cython.compiled else 1 << 40
+_REST_FIRST = 4 if cython.compiled else 0
+_REST_MOST = 32
 
 
 class Gathering:
-    """Whether the loop gathers (`on`): not before a trial has shown that it costs nothing.
+    """Whether the loop gathers (`on`): not before a trial has shown that it costs nothing. And with how many `rests`.
 
     A trial goes by the fastest epoch of either way, as all others were held up by something else. A run that is
     shorter than an epoch tries nothing: it has what was found before.
@@ -33,6 +38,7 @@ class Gathering:
 
     def __init__(self) -> None:
         self.on = False
+        self.rests = _REST_FIRST
         self._epochs = self._done = self._since = 0
         self._with = self._without = _NEVER  # time of a request in the fastest epoch
 
@@ -49,6 +55,7 @@ class Gathering:
     def end_epoch(self, now: int) -> None:
         """Say how to go on, after an epoch that ends `now`, with at least one request."""
         took = (now - self._since) * _FRACTION // self._done
+        self.rests = min(took // (_FRACTION * _REST_NS), _REST_MOST)
         self.begin(now)
         self._epochs += 1
         if self._epochs <= _TRIAL:

@@ -33,7 +33,7 @@ from virtio.ring.template cimport Template
 cdef int _WRITES
 cdef uint32_t _CLOCK_EVERY, _ROUNDS, _EAGER, _RESTING, _REST_BITS, _REST_MOST
 cdef int _AT_ONCE, _ALL
-cdef uint32_t _QUIET, _QUIET_RESTS, _GATHER_FROM
+cdef uint32_t _QUIET, _GATHER_FROM
 cdef uint64_t _MOMENT
 
 

@@ -119,7 +119,6 @@ _AT_ONCE = 16  # requests that are shown to a device which is at work: it begins
 _ALL = 1 << 30
 _GATHER_FROM = 8  # the depth from which gathering is tried: below, the device has little else to do
 _QUIET = 8 if cython.compiled else 1  # looks that find nothing, after which a burst is over
-_QUIET_RESTS = 4 if cython.compiled else 0  # between these
 _MOMENT = 3000  # ns of spinning in any case, where several answers are due: to sleep takes as long
 _ROUNDS = 8  # rounds that moved something: each may copy megabytes
 
@@ -359,7 +358,7 @@ class Slots:
             if rests > _REST_MOST:
                 rests = _REST_MOST
             if gathers:
-                rests = _QUIET_RESTS
+                rests = self.gathering.rests
             for _ in range(rests):
                 relax()
             in_vain += 1
