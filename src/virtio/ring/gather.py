@@ -26,7 +26,7 @@ _NEVER = 1 << 62
 # one for this many ns that a request takes. Interpreted, none: each look takes longer.
 _REST_NS = 64 if cython.compiled else 1 << 40
 _REST_FIRST = 4 if cython.compiled else 0
-_REST_MOST = 32
+_REST_MOST = 12
 
 
 class Gathering:

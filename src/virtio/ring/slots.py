@@ -329,8 +329,8 @@ class Slots:
                 began = ticks()
             if load_acquire_u32(self._stop, 0):
                 return PAUSED if load_acquire_u32(self._stop, 0) == PAUSE else LOST
-            # With a quarter of the depth in the device's hands at least, for which there is more to start.
-            gathers = tries and self.gathering.on and in_vain < _QUIET and most < 4 * task.active < 4 * most
+            # While the device has an eighth of the depth at least, and there is more to start.
+            gathers = tries and self.gathering.on and in_vain < _QUIET and most < 8 * task.active < 8 * most
             filled = 0 if gathers else self._feed(task)
             if filled < 0:
                 return UNFIT
