@@ -30,6 +30,7 @@ HOT = {
     "device": ["pop", "push"],
     "stats": ["count", "_bucket"],
     "load": ["offset", "begin", "complete", "enter", "record"],
+    "gather": ["begin", "count", "end_epoch"],
 }
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="it looks at the C of the compiled modules")

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from tests.conftest import INTERPRETED
 from tests.ring.test_load import loaded
 from tests.ring.test_requests import Bench, serve
 from virtio.ring import codes
@@ -61,6 +62,16 @@ def test_epochs_that_were_held_up_do_not_count():
     epochs.past(1, 50_000_000, 50_000_000)
     assert epochs.past(1, 50_000_000, 1_000_000) == [True]
     assert epochs.gathering.on
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted, a look takes long enough: it never rests")
+def test_it_rests_for_longer_between_looks_where_a_request_takes_longer():
+    epochs = Epochs()
+    rests = []
+    for ns in (10, 130, 600, 5000):
+        epochs.past(1, 1000 * ns, 1000 * ns)
+        rests.append(epochs.gathering.rests)
+    assert rests == [0, 2, 9, 12]
 
 
 def test_a_run_that_is_shorter_than_an_epoch_tries_nothing():

@@ -109,9 +109,10 @@ _CLOCK_EVERY = 64  # spins between two looks at the clock; a rest is one, too
 # target answers sooner, and a look that comes 40 to 140 cycles late costs more than it saves. Interpreted, to
 # relax is to let others run.
 _EAGER = 1000 if cython.compiled else 64
-# Rests between looks that find nothing, in which the rings' cache lines are the device's: one for every four
-# requests that it has to do meanwhile, up to a microsecond. A device that is not back after so many looks is
-# waiting for something itself, and nobody disturbs it. Interpreted, none: each look takes longer.
+# Rests between looks that find nothing, in which the rings' cache lines are the device's, and a processor that is
+# shared with it, too: one for every four requests that it has to do meanwhile, up to a microsecond. A device that is
+# the limit has them all the time, any other for so many looks: if it is not back then, it is waiting for something
+# itself, and nobody disturbs it. Interpreted, none: each look takes longer.
 _RESTING = 8
 _REST_BITS = 2 if cython.compiled else 32
 _REST_MOST = 32
@@ -330,7 +331,8 @@ class Slots:
             if load_acquire_u32(self._stop, 0):
                 return PAUSED if load_acquire_u32(self._stop, 0) == PAUSE else LOST
             # While the device has an eighth of the depth at least, and there is more to start.
-            gathers = tries and self.gathering.on and in_vain < _QUIET and most < 8 * task.active < 8 * most
+            yields = tries and self.gathering.on
+            gathers = yields and in_vain < _QUIET and most < 8 * task.active < 8 * most
             filled = 0 if gathers else self._feed(task)
             if filled < 0:
                 return UNFIT
@@ -354,7 +356,7 @@ class Slots:
                 if rounds % _ROUNDS == 0 and now_ns() - begun > slice_ns:
                     return TICK
                 continue
-            rests = task.active >> _REST_BITS if in_vain < _RESTING else 0
+            rests = task.active >> _REST_BITS if yields or in_vain < _RESTING else 0
             if rests > _REST_MOST:
                 rests = _REST_MOST
             if gathers:
