@@ -1,10 +1,11 @@
 """Whether to answer in one go what a device completes in one burst: found out by trying both.
 
-A device takes the requests that it finds, works on them, and gives them back in a burst. What is submitted amid
-that burst is in its next round, what comes a moment later in the one after: rounds grow and shrink, and latencies
-with them. What is submitted when the burst is over stays together. A device that is the limit has another round
-to do meanwhile: its rate remains what it was, and latencies are shorter and more even. One that has time left
-loses by each moment that a request is held back. Which of these it is cannot be seen; so the loop tries.
+A device takes the requests that it finds, works on them, and gives them back in a burst. What is submitted
+amid that burst is in its next round, what comes a moment later in the one after: rounds grow and shrink,
+and latencies with them. What is submitted when the burst is over stays together. A device that is the limit
+has another round to do meanwhile: its rate remains what it was, and latencies are shorter and more even.
+One that has time left loses by each moment that a request is held back. Which of these it is cannot be
+seen; so the loop tries.
 """
 
 from __future__ import annotations
@@ -14,26 +15,27 @@ import cython
 if not cython.compiled:
     from virtio.ring._os import now_ns
 
-# Requests of an epoch: at depth 32, 128 rounds. What the other way did to a device's rounds lasts for some
-# twenty of them, on a device whose clock ticks every 10 us.
+# Requests of an epoch: at depth 32, 128 rounds. Epochs of 16 rounds look alike on a disk whose clock ticks every
+# 10 us, which gathering costs 14 %: what the other way did to its rounds lasts for longer.
 _EPOCH = 4096
 _TRIAL = 8  # epochs of a trial, of which every other one is with gathering
 _HELD = 120  # epochs for which its outcome holds: the wrong way costs its share of 4 in 128
 _TOLERANCE = 40  # one part in so many, by which two epochs differ anyway
 _FRACTION = 1 << 10  # of a nanosecond, in which the time of a request is told
 _NEVER = 1 << 62
-# A burst is over when nothing came for the time of some three requests, in eight looks with so many rests each:
-# one for this many ns that a request takes. Interpreted, none: each look takes longer.
+# A burst is over when nothing came for the time of some three requests, in eight looks with so many rests
+# each: one for this many ns that a request takes. Interpreted, none: each look takes longer.
 _REST_NS = 64 if cython.compiled else 1 << 40
 _REST_FIRST = 4 if cython.compiled else 0
 _REST_MOST = 12
 
 
 class Gathering:
-    """Whether the loop gathers (`on`): not before a trial has shown that it costs nothing. And with how many `rests`.
+    """Whether the loop gathers (`on`): not before a trial has shown that it costs nothing.
 
-    A trial goes by the fastest epoch of either way, as all others were held up by something else. A run that is
-    shorter than an epoch tries nothing: it has what was found before.
+    A trial goes by the fastest epoch of either way, as all others were held up by something else. A run that
+    is shorter than an epoch tries nothing: it has what was found before. `rests` is how many there are
+    between two looks at whether a burst is over.
     """
 
     def __init__(self) -> None:

@@ -45,9 +45,9 @@ _IN_USE = "another thread is inside a call on this queue: open a channel in each
 _TRIES = 8  # of a request that a transient error hits
 _PAUSE_S = 0.001  # before the second try; longer before each further one
 _FOREVER_S = 1e6  # longer than poll(2) can wait, and anybody
-# How long a compiled loop goes on at most. It comes back to the interpreter for 10 to 20 us, while all that is in
-# flight waits: twenty times a second that is seen in p99. Only the main thread has to, for a Ctrl-C; the others
-# for what was orphaned and for what `watch` says, which is in no such hurry.
+# How long a compiled loop goes on at most. It comes back to the interpreter for 10 to 20 us, while all that
+# is in flight waits: twenty times a second that is seen in p99. Only the main thread has to, for a Ctrl-C;
+# the others for what was orphaned and for what `watch` says, which is in no such hurry.
 _SLICE_NS = 50_000_000
 _SLICE_ELSEWHERE_NS = 1_000_000_000
 _SHARE = 16  # of the time that is left until the deadline, which moves where `watch` sees progress
@@ -346,7 +346,8 @@ class Lease:
         To be called inside `with lease`. `explain` says what a bad result means. On a time-out, a lost
         device or Ctrl-C the requests in flight become orphans: they keep their slots and the task's
         buffers until the device returns them, and nothing is written by this queue before that. `watch`,
-        if given, is called between two slices of the compiled loop, and says what the deadline is from then on.
+        if given, is called between two slices of the compiled loop, and says what the deadline is from then
+        on.
         """
         for buffer in task.buffers:
             buffer.check()

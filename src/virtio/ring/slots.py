@@ -109,10 +109,10 @@ _CLOCK_EVERY = 64  # spins between two looks at the clock; a rest is one, too
 # target answers sooner, and a look that comes 40 to 140 cycles late costs more than it saves. Interpreted, to
 # relax is to let others run.
 _EAGER = 1000 if cython.compiled else 64
-# Rests between looks that find nothing, in which the rings' cache lines are the device's, and a processor that is
-# shared with it, too: one for every four requests that it has to do meanwhile, up to a microsecond. A device that is
-# the limit has them all the time, any other for so many looks: if it is not back then, it is waiting for something
-# itself, and nobody disturbs it. Interpreted, none: each look takes longer.
+# Rests between looks that find nothing, in which the rings' cache lines are the device's, and a processor
+# that is shared with it, too: one for every four requests that it has to do meanwhile, up to a microsecond.
+# A device that is the limit has them all the time, any other for so many looks: if it is not back then, it
+# is waiting for something itself, and nobody disturbs it. Interpreted, none: each look takes longer.
 _RESTING = 8
 _REST_BITS = 2 if cython.compiled else 32
 _REST_MOST = 32
