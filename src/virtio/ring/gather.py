@@ -15,8 +15,8 @@ import cython
 if not cython.compiled:
     from virtio.ring._os import now_ns
 
-# Requests of an epoch: at depth 32, 128 rounds. Epochs of 16 rounds look alike on a disk whose clock ticks every
-# 10 us, which gathering costs 14 %: what the other way did to its rounds lasts for longer.
+# Requests of an epoch: at depth 32, 128 rounds. Epochs of 16 rounds look alike on a disk whose clock ticks
+# every 10 us, which gathering costs 14 %: what the other way did to its rounds lasts for longer.
 _EPOCH = 4096
 _TRIAL = 8  # epochs of a trial, of which every other one is with gathering
 _HELD = 120  # epochs for which its outcome holds: the wrong way costs its share of 4 in 128
