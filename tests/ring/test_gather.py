@@ -20,13 +20,13 @@ class Epochs:
     def __init__(self):
         self.gathering = Gathering()
         self.now = 0
+        self.gathering.begin(self.now)
 
     def past(self, count, without, gathered):
         """Let so many pass; how each was done."""
         ways = []
         for _ in range(count):
             ways.append(self.gathering.on)
-            self.gathering.begin(self.now)
             self.gathering.count(1000)
             self.now += gathered if ways[-1] else without
             self.gathering.end_epoch(self.now)
@@ -80,8 +80,17 @@ def test_a_run_that_is_shorter_than_an_epoch_tries_nothing():
         gathering.begin(0)
         gathering.count(4095)
         assert not gathering.on
-    gathering.count(1)
-    assert gathering.on  # the second epoch of a trial
+
+
+def test_a_trial_that_a_run_did_not_finish_leaves_nothing_gathered_and_an_outcome_lasts():
+    epochs = Epochs()
+    epochs.past(TRIAL - 1, 1_000_000, 1_000_000)
+    assert epochs.gathering.on  # it is the turn of that way
+    epochs.gathering.begin(epochs.now)
+    assert not epochs.gathering.on
+    epochs.past(TRIAL, 1_000_000, 1_000_000)
+    epochs.gathering.begin(epochs.now)
+    assert epochs.gathering.on
 
 
 @pytest.mark.parametrize("depth", [8, 9, 32])

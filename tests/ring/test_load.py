@@ -496,3 +496,27 @@ def test_a_device_at_work_is_given_all_that_there_is_room_for(depth, batch):
             bench.answer(head, b"\0", bytes(512))
     finish(bench.queue, task)
     assert bench.kicks == 0
+
+
+def test_what_comes_back_later_took_longer_also_when_nothing_is_submitted_in_between():
+    bench, waited = Bench(8), 0.2
+    load = Load(512, 4096, random=True, requests=4, batch=2)
+    task = loaded(bench, load, 2)
+
+    def device():
+        for pause in (0, waited, 0, 0):
+            while not (waiting := bench.arrivals()) and not left:
+                time.sleep(0)
+            left.extend(waiting)
+            time.sleep(pause)
+            bench.answer(left.pop(0), b"\0")
+
+    left = []
+    thread = threading.Thread(target=device)
+    thread.start()
+    while (reason := bench.queue.run(task, 10**9, 10**9)) != codes.DONE:
+        assert reason in (codes.TICK, codes.IDLE)
+    thread.join()
+    assert load.latency.count == 4
+    slow = sum(bucket.values for bucket in load.latency.buckets() if bucket.high >= waited * 1e9)
+    assert slow == 1  # the second: not the two that began after it, either

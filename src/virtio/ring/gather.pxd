@@ -20,3 +20,4 @@ cdef class Gathering:
     cpdef void count(self, uint64_t done) noexcept nogil
     @cython.locals(took=uint64_t)
     cpdef void end_epoch(self, uint64_t now) noexcept nogil
+    cdef void _try(self) noexcept nogil

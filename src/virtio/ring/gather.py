@@ -23,8 +23,8 @@ _HELD = 120  # epochs for which its outcome holds: the wrong way costs its share
 _TOLERANCE = 40  # one part in so many, by which two epochs differ anyway
 _FRACTION = 1 << 10  # of a nanosecond, in which the time of a request is told
 _NEVER = 1 << 62
-# A burst is over when nothing came for the time of some three requests, in eight looks with so many rests
-# each: one for this many ns that a request takes. Interpreted, none: each look takes longer.
+# A burst is over when nothing came for some time, of three requests where `pause` takes 60 cycles, or two
+# microseconds: in eight looks with so many rests each, one for this many ns that a request takes. Interpreted, none: each look takes longer.
 _REST_NS = 64 if cython.compiled else 1 << 40
 _REST_FIRST = 4 if cython.compiled else 0
 _REST_MOST = 12
@@ -33,20 +33,22 @@ _REST_MOST = 12
 class Gathering:
     """Whether the loop gathers (`on`): not before a trial has shown that it costs nothing.
 
-    A trial goes by the fastest epoch of either way, as all others were held up by something else. A run that
-    is shorter than an epoch tries nothing: it has what was found before. `rests` is how many there are
-    between two looks at whether a burst is over.
+    A trial goes by the fastest epoch of either way, as all others were held up by something else. It is of one
+    run: what was not tried to the end is not gathered. A run that is shorter has what was found before.
+    `rests` is how many there are between two looks at whether a burst is over.
     """
 
     def __init__(self) -> None:
         self.on = False
         self.rests = _REST_FIRST
         self._epochs = self._done = self._since = 0
-        self._with = self._without = _NEVER  # time of a request in the fastest epoch
+        self._with = self._without = _NEVER  # time of a request in the fastest epoch of this trial
 
     def begin(self, now: int) -> None:
         """A run begins `now`, in nanoseconds, and so does an epoch."""
         self._done, self._since = 0, now
+        if self._epochs < _TRIAL:
+            self._try()
 
     def count(self, done: int) -> None:
         """So many requests came back; at the end of an epoch this looks at the clock."""
@@ -58,7 +60,7 @@ class Gathering:
         """Say how to go on, after an epoch that ends `now`, with at least one request."""
         took = (now - self._since) * _FRACTION // self._done
         self.rests = min(took // (_FRACTION * _REST_NS), _REST_MOST)
-        self.begin(now)
+        self._done, self._since = 0, now
         self._epochs += 1
         if self._epochs <= _TRIAL:
             if self.on:
@@ -69,6 +71,10 @@ class Gathering:
         if self._epochs == _TRIAL:
             self.on = self._with - self._with // _TOLERANCE <= self._without
         elif self._epochs == _TRIAL + _HELD:
-            self._epochs = 0
-            self._with = self._without = _NEVER
-            self.on = False
+            self._try()
+
+    def _try(self) -> None:
+        """A trial begins, without gathering."""
+        self.on = False
+        self._epochs = 0
+        self._with = self._without = _NEVER

@@ -305,7 +305,7 @@ class Load:
         self._held += 1
 
     def settle(self) -> None:
-        """Record what was completed: while the device is at work, and not before it is given more."""
+        """Record what was completed: while the device is at work. What is seen from now on is seen later."""
         for index in range(self._held):
             took = load_u64(self._took, 8 * index)
             written = took & 1
@@ -317,3 +317,4 @@ class Load:
             else:
                 self.latency.record(self._ns(took))
         self._held = 0
+        self._fresh = False

@@ -69,7 +69,7 @@ cdef class Slots:
     @cython.locals(begun=uint64_t, busy=uint64_t, now=uint64_t, spins=uint32_t, rounds=uint32_t,
                    patience=uint64_t, filled=int, got=int, began=uint64_t, timed=bint,
                    left=uint64_t, pause=uint64_t, slept=int, in_vain=uint32_t, rests=uint32_t,
-                   due=uint32_t, most=uint64_t, tries=bint, yields=bint, gathers=bint)
+                   due=uint32_t, most=uint64_t, paced=bint, tries=bint, yields=bint, gathers=bint)
     cdef int _run(self, Task task, uint64_t slice_ns, uint64_t spin_ns) noexcept nogil
     @cython.locals(count=int, limit=int, started=int, rung=bint)
     cdef int _feed(self, Task task) noexcept nogil

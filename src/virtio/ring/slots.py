@@ -321,8 +321,10 @@ class Slots:
         rounds = 0
         began = 0  # the round, where that is wanted
         timed = task.load is not None and task.load.timed
+        paced = task.load is not None and task.load.paced
         most = task._depth if task._depth < self.slots else self.slots
-        tries = most >= _GATHER_FROM
+        # Where something else is the limit, each way is as fast, and gathering is of no use.
+        tries = most >= _GATHER_FROM and task.allowed >= task.total and not paced
         if tries:
             self.gathering.begin(begun)
         while True:
@@ -332,7 +334,12 @@ class Slots:
                 return PAUSED if load_acquire_u32(self._stop, 0) == PAUSE else LOST
             # While the device has an eighth of the depth at least, and there is more to start.
             yields = tries and self.gathering.on
-            gathers = yields and in_vain < _QUIET and most < 8 * task.active < 8 * most
+            gathers = (
+                yields
+                and in_vain < _QUIET
+                and most < 8 * task.active < 8 * most
+                and task.started < task.total
+            )
             filled = 0 if gathers else self._feed(task)
             if filled < 0:
                 return UNFIT
