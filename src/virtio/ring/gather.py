@@ -23,8 +23,8 @@ _HELD = 120  # epochs for which its outcome holds: the wrong way costs its share
 _TOLERANCE = 40  # one part in so many, by which two epochs differ anyway
 _FRACTION = 1 << 10  # of a nanosecond, in which the time of a request is told
 _NEVER = 1 << 62
-# A burst is over when nothing came for some time, of three requests where `pause` takes 60 cycles, or two
-# microseconds: in eight looks with so many rests each, one for this many ns that a request takes. Interpreted, none: each look takes longer.
+# A burst is over when nothing came for some time: eight looks, with a rest each for every so many ns
+# of a request. That is three requests where `pause` takes 60 cycles. Interpreted, none: a look takes longer.
 _REST_NS = 64 if cython.compiled else 1 << 40
 _REST_FIRST = 4 if cython.compiled else 0
 _REST_MOST = 12
@@ -33,8 +33,8 @@ _REST_MOST = 12
 class Gathering:
     """Whether the loop gathers (`on`): not before a trial has shown that it costs nothing.
 
-    A trial goes by the fastest epoch of either way, as all others were held up by something else. It is of one
-    run: what was not tried to the end is not gathered. A run that is shorter has what was found before.
+    A trial goes by the fastest epoch of either way, as all others were held up by something else. It is of
+    one run: what was not tried to the end is not gathered. A run that is shorter has what was found before.
     `rests` is how many there are between two looks at whether a burst is over.
     """
 
