@@ -11,7 +11,7 @@ cdef uint64_t _EPOCH, _TOLERANCE, _FRACTION, _NEVER, _REST_NS, _REST_MOST
 
 @cython.final
 cdef class Gathering:
-    cdef public bint on
+    cdef readonly bint on
     cdef readonly uint64_t rests
     cdef uint32_t _epochs
     cdef uint64_t _done, _since, _with, _without

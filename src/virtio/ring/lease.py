@@ -46,8 +46,8 @@ _TRIES = 8  # of a request that a transient error hits
 _PAUSE_S = 0.001  # before the second try; longer before each further one
 _FOREVER_S = 1e6  # longer than poll(2) can wait, and anybody
 # How long a compiled loop goes on at most. It comes back to the interpreter for 10 to 20 us, while all that
-# is in flight waits: twenty times a second that is seen in p99. Only the main thread has to, for a Ctrl-C;
-# the others for what was orphaned and for what `watch` says, which is in no such hurry.
+# is in flight waits. In the main thread it has to, for a Ctrl-C, and where there are orphans, which hold
+# slots; in others it is for what `watch` says, which is in no such hurry.
 _SLICE_NS = 50_000_000
 _SLICE_ELSEWHERE_NS = 1_000_000_000
 _SHARE = 16  # of the time that is left until the deadline, which moves where `watch` sees progress
@@ -73,19 +73,13 @@ def deadline_in(seconds: float | None) -> int | None:
     return time.monotonic_ns() + int(seconds * 1e9)
 
 
-def _longest_slice(deadline: int | None) -> int:
-    """How many ns a compiled loop may go on in this thread, if there is such a deadline."""
-    if threading.get_ident() == threading.main_thread().ident:
-        return _SLICE_NS
-    left = _SLICE_ELSEWHERE_NS if deadline is None else (deadline - time.monotonic_ns()) // _SHARE
-    return max(_SLICE_NS, min(_SLICE_ELSEWHERE_NS, left))
-
-
-def _slice_until(moment: int | None, longest: int) -> int:
-    """How many ns of these, if something is to be done at that moment."""
-    if moment is None:
-        return longest
-    return min(longest, max(_SLICE_LEAST_NS, moment - time.monotonic_ns()))
+def _slice(deadline: int | None, moment: int | None, hurry: bool) -> int:
+    """How many ns a compiled loop may go on in this thread, if something is to be done at that moment."""
+    now, longest = time.monotonic_ns(), _SLICE_NS
+    if not hurry and threading.get_ident() != threading.main_thread().ident:
+        left = _SLICE_ELSEWHERE_NS if deadline is None else (deadline - now) // _SHARE
+        longest = max(_SLICE_NS, min(_SLICE_ELSEWHERE_NS, left))
+    return longest if moment is None else min(longest, max(_SLICE_LEAST_NS, moment - now))
 
 
 def _earlier(deadline: int | None, seconds: float | None) -> int | None:
@@ -377,8 +371,7 @@ class Lease:
         tries: dict[int, int] = {}
         while True:
             pause = None if task.throttle is None else task.throttle.admit(task)
-            longest = _SLICE_NS if self.queue.orphans else _longest_slice(deadline)
-            slice_ns = _slice_until(_earlier(deadline, pause), longest)
+            slice_ns = _slice(deadline, _earlier(deadline, pause), self.queue.orphans > 0)
             reason = self.queue.run(task, slice_ns, spin_ns if pause is None else 0)
             swept = self.queue.orphans > 0 and self.queue.sweep()
             if self.told:
