@@ -23,11 +23,10 @@ _HELD = 120  # epochs for which its outcome holds: the wrong way costs its share
 _TOLERANCE = 40  # one part in so many, by which two epochs differ anyway
 _FRACTION = 1 << 10  # of a nanosecond, in which the time of a request is told
 _NEVER = 1 << 62
-# A burst is over when nothing came for some time: eight looks, with a rest each for every so many ns
-# of a request. That is three requests where `pause` takes 60 cycles. Interpreted, none: a look takes longer.
-_REST_NS = 64 if cython.compiled else 1 << 40
-_REST_FIRST = 4 if cython.compiled else 0
-_REST_MOST = 12
+# A burst is over when nothing came for some time: two looks, with a rest each for every so many ns of a
+# request. That is two times four requests where `pause` takes 60 cycles. Interpreted, none: a look takes longer.
+_REST_NS = 5 if cython.compiled else 1 << 40
+_REST_MOST = 150
 
 
 class Gathering:
@@ -40,7 +39,7 @@ class Gathering:
 
     def __init__(self) -> None:
         self.on = False
-        self.rests = _REST_FIRST
+        self.rests = 0
         self._epochs = self._done = self._since = 0
         self._with = self._without = _NEVER  # time of a request in the fastest epoch of this trial
 

@@ -19,7 +19,7 @@ cdef class RequestQueue(Slots):
     cpdef int run(self, Task task, uint64_t slice_ns, uint64_t spin_ns) noexcept
     @cython.locals(slot=int)
     cpdef bint submit(self, Template template, uint64_t offset, uint64_t nbytes, uint64_t data,
-                      uint64_t token, uint32_t owner=*, kept=*) except -1
+                      uint64_t token, uint32_t owner=*, kept=*, uint64_t began=*) except -1
     cpdef _lose_orphan(self, uint32_t slot)
     cpdef _let_go(self, uint32_t slot)
     cdef void _orphan(self, uint32_t slot) noexcept nogil

@@ -136,11 +136,13 @@ class RequestQueue(Slots):
         token: int,
         owner: int = 0,
         kept: Buffer | None = None,
+        began: int = 0,
     ) -> bool:
         """Put one request in a slot, unseen by the device until `kick`; false when none is free.
 
         `data` is where in the region its data is; `token` comes back from `poll` for its `owner`.
-        `kept`, which has been told to `hold`, is let go of when the request is back.
+        `kept`, which has been told to `hold`, is let go of when the request is back. `began` is as in
+        `Finished`.
         """
         if self._free_count == 0:
             return False
@@ -154,6 +156,7 @@ class RequestQueue(Slots):
         if slot < 0:
             return False
         store_u32(self._records, RECORD_BYTES * slot + OWNER, owner)
+        store_u64(self._records, RECORD_BYTES * slot + BEGAN, began)
         self._kept[slot] = kept
         return True
 
@@ -303,7 +306,8 @@ class RequestQueue(Slots):
         self.stop()
         self.ring.detach()
         self._doorbell = Doorbell()  # what it was may be memory of the device
-        self.slots = self._free_count = self._fault_count = self._ended_count = 0
+        self.slots = self._free_first = self._free_count = self._unused = 0
+        self._fault_count = self._ended_count = 0
         self._buffer = None
         self._region = null()
         self._region_view = memoryview(b"")

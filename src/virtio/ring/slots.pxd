@@ -59,6 +59,7 @@ cdef class Slots:
     cdef size_t _slots_at, _stride, _payload_at, _table_at, _result_at, _response_bytes
     cdef bint _result_wide, _response_first, _at_work
     cdef uint64_t _result_mask
+    cdef uint32_t _free_first, _unused
     cdef uint32_t _chain, _free_count, _fault_count, _ended_first, _ended_count, _early_count
 
     @cython.locals(spins=uint32_t, begun=uint64_t, record=size_t)
@@ -110,18 +111,25 @@ cdef class Slots:
     cdef int _sleep(self, uint64_t ns) noexcept nogil
     @cython.locals(head=int)
     cdef int _reap(self) noexcept nogil
+    @cython.locals(ready=uint32_t)
+    cdef uint32_t _ready(self) noexcept nogil
     cdef uint64_t _iova(self, uint64_t place) noexcept nogil
     @cython.locals(size=uint64_t)
     cdef uint64_t _segment(self, uint64_t place, uint64_t nbytes) noexcept nogil
-    @cython.locals(count=uint32_t, head=int, slot=uint32_t, record=size_t, result=uint64_t,
+    @cython.locals(count=uint32_t, most=uint32_t, head=int, slot=uint32_t, record=size_t, result=uint64_t,
                    state=uint32_t, last=uint32_t)
     cdef int _collect(self, Task task) noexcept nogil
     @cython.locals(place=size_t, result=uint64_t)
     cdef uint64_t _result(self, uint32_t slot) noexcept nogil
     @cython.locals(began=uint64_t, nbytes=uint64_t, write=bint)
     cdef void _complete(self, Task task, size_t record) noexcept nogil
-    @cython.locals(part=uint64_t, data=uint64_t, item=uint64_t, place=uint64_t)
+    @cython.locals(part=uint64_t, data=uint64_t, item=uint64_t, place=uint64_t, last=uint32_t)
     cdef void _deliver(self, Task task, size_t record) noexcept nogil
+    @cython.locals(data=uint64_t)
+    cdef uint64_t _take_cell(self, Task task) noexcept nogil
+    cdef uint32_t _next_free(self) noexcept nogil
+    cdef void _take_next_free(self) noexcept nogil
+    @cython.locals(last=uint32_t)
     cdef void _release(self, uint32_t slot) noexcept nogil
     cdef size_t _header(self, uint32_t slot) noexcept nogil
     cdef size_t _response(self, uint32_t slot) noexcept nogil

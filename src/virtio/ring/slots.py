@@ -110,16 +110,17 @@ _CLOCK_EVERY = 64  # spins between two looks at the clock; a rest is one, too
 # relax is to let others run.
 _EAGER = 1000 if cython.compiled else 64
 # Rests between looks that find nothing, in which the rings' cache lines are the device's, and a processor
-# that is shared with it, too: one for every four requests that it has to do meanwhile, up to a microsecond.
-# A device that is the limit has them all the time, any other for so many looks: if it is not back then, it
-# is waiting for something itself, and nobody disturbs it. Interpreted, none: each look takes longer.
+# that is shared with it, too. A device that is the limit has one for each request that it has to do meanwhile,
+# all the time: each of its writes to a line that was looked at has to get that line back, and what it writes
+# next waits. Any other has one for four of them, for so many looks: if it is not back then, it is waiting for
+# something itself, and nobody disturbs it. Interpreted, none: each look takes longer.
 _RESTING = 8
-_REST_BITS = 2 if cython.compiled else 32
-_REST_MOST = 32
+_REST_BITS = 2
+_REST_MOST = 128 if cython.compiled else 0
 _AT_ONCE = 16  # requests that are shown to a device which is at work: it begins while others are written
 _ALL = 1 << 30
 _GATHER_FROM = 8  # the depth from which gathering is tried: below, the device has little else to do
-_QUIET = 8 if cython.compiled else 1  # looks that find nothing, after which a burst is over
+_QUIET = 2 if cython.compiled else 1  # looks that find nothing, after which a burst is over
 _MOMENT = 3000  # ns of spinning in any case, where several answers are due: to sleep takes as long
 _ROUNDS = 8  # rounds that moved something: each may copy megabytes
 
@@ -200,9 +201,11 @@ class Slots:
         self._chain = 2 + segments
         self._records_owner = bytearray(RECORD_BYTES * slots)
         self._records = window(self._records_owner)
-        self._free_array = array("H", range(slots - 1, -1, -1))
+        # Free slots: those used before, in a ring, and the last so many, which were not since all were free.
+        self._free_array = array("H", [0]) * slots
         self._free = window(self._free_array)
-        self._free_count = slots
+        self._free_first = 0
+        self._free_count = self._unused = slots
         self._faults_array = array("H", [0]) * slots
         self._faults = window(self._faults_array)
         self._fault_count = 0
@@ -363,7 +366,11 @@ class Slots:
                 if rounds % _ROUNDS == 0 and now_ns() - begun > slice_ns:
                     return TICK
                 continue
-            rests = task.active >> _REST_BITS if yields or in_vain < _RESTING else 0
+            rests = 0
+            if yields:
+                rests = task.active
+            elif in_vain < _RESTING:
+                rests = task.active >> _REST_BITS
             if rests > _REST_MOST:
                 rests = _REST_MOST
             if gathers:
@@ -459,8 +466,7 @@ class Slots:
             place = item * task.item_bytes + within
             data = task._base
             if task._mode == BOUNCED:
-                task._free_cells -= 1
-                data = load_u64(task._cells, 8 * task._free_cells)
+                data = self._take_cell(task)
                 if task.template.direction == TO_DEVICE:
                     copy(self._region, data, task._user, place, nbytes)
             elif task._mode != CONSTANT:
@@ -508,8 +514,7 @@ class Slots:
             return 0
         for _ in range(room):
             part = task.started
-            task._free_cells -= 1
-            data = load_u64(task._cells, 8 * task._free_cells)
+            data = self._take_cell(task)
             place = task.load.offset(part)
             if task.load.is_write(part):
                 data += task._apart
@@ -528,7 +533,7 @@ class Slots:
         """Fill a free slot and offer its head; the slot, -1 if none is free, -2 if too long."""
         if self._free_count == 0:
             return FULL
-        slot = load_u16(self._free, 2 * (self._free_count - 1))
+        slot = self._next_free()
         record = RECORD_BYTES * slot
         base = self._slots_at + self._stride * slot
         header = self._header(slot)
@@ -549,7 +554,7 @@ class Slots:
                 return MISFIT
             if laid > 1:
                 key = 0  # next time too: only one data descriptor can be moved
-        self._free_count -= 1
+        self._take_next_free()
         self._sequence += 1
         for i in range(template._patch_count):
             patch = PATCH_BYTES * i
@@ -723,6 +728,14 @@ class Slots:
             self._split.disarm()
 
     @final
+    def _ready(self) -> int:
+        """How many one look may take: what is there. To wait for more, which arrives by and by, would keep
+        what was taken from being answered, and the line where the device says so from the device. A packed
+        ring does not tell."""
+        ready: int = self.slots if self.packed else self._split.ready()
+        return ready + self._early_count
+
+    @final
     def _reap(self) -> int:
         head: int = self._packed.reap() if self.packed else self._split.reap()
         return head
@@ -744,8 +757,9 @@ class Slots:
     def _collect(self, task: Task) -> int:
         """Take what the device has used; how many, or -1 if it broke the ring."""
         count = 0
+        most = self._ready()
         self._now = 0
-        while count < self.slots:
+        while count < most:
             if self._early_count:
                 self._early_count -= 1
                 head = load_u16(self._early, 2 * self._early_count)
@@ -811,14 +825,56 @@ class Slots:
             copy(task._user, place, self._region, data, load_u64(self._records, record + NBYTES_AT))
         if task._apart and data >= task._base + task._apart:
             data -= task._apart
-        store_u64(task._cells, 8 * task._free_cells, data)
+        last = task._first_cell + task._free_cells
+        if last >= task._all_cells:
+            last -= task._all_cells
+        store_u64(task._cells, 8 * last, data)
         task._free_cells += 1
+
+    @final
+    def _take_cell(self, task: Task) -> int:
+        """Of the free cells, of which there are some, the one that has been for longest: so a slot has the
+        same cell again, and its address need not be written anew."""
+        data = load_u64(task._cells, 8 * task._first_cell)
+        task._first_cell += 1
+        if task._first_cell == task._all_cells:
+            task._first_cell = 0
+        task._free_cells -= 1
+        return data
+
+    # In which order slots are used matters to the device, which finds header, table and its own record of
+    # each by its head: one after the other, processors fetch them before they are asked for. So slots are
+    # used in the order in which they came back, but no more of them than were ever in flight at once; and
+    # when none is, the first one is next.
+
+    @final
+    def _next_free(self) -> int:
+        """Which slot is used next, of those that are free, of which there are some."""
+        if self._free_count == self._unused:
+            return self.slots - self._unused
+        return load_u16(self._free, 2 * self._free_first)
+
+    @final
+    def _take_next_free(self) -> None:
+        if self._free_count == self._unused:
+            self._unused -= 1
+        else:
+            self._free_first += 1
+            if self._free_first == self.slots:
+                self._free_first = 0
+        self._free_count -= 1
 
     @final
     def _release(self, slot: int) -> None:
         store_u32(self._records, RECORD_BYTES * slot + STATE, FREE)
-        store_u16(self._free, 2 * self._free_count, slot)
+        last = self._free_first + self._free_count - self._unused
+        if last >= self.slots:
+            last -= self.slots
+        store_u16(self._free, 2 * last, slot)
         self._free_count += 1
+        if self._free_count == self.slots:
+            self._free_first = 0
+            self._unused = self.slots
 
     @final
     def _next_ended(self) -> int:

@@ -29,7 +29,7 @@ cdef class SplitRing:
     cdef Mem _mem, _given
     cdef size_t _avail, _used
     cdef uint32_t _mask
-    cdef uint16_t _avail_idx, _published, _used_idx
+    cdef uint16_t _avail_idx, _published, _used_idx, _seen_idx
 
     cpdef uint32_t outstanding(self) noexcept nogil
     @cython.locals(descriptor=size_t)
@@ -41,7 +41,8 @@ cdef class SplitRing:
     cpdef void offer(self, uint16_t head) noexcept nogil
     @cython.locals(old=uint16_t, event=uint16_t, passed=uint16_t)
     cpdef bint publish(self) noexcept nogil
-    @cython.locals(end=uint16_t, pending=uint16_t, element=size_t, head=uint32_t)
+    cpdef uint32_t ready(self) noexcept nogil
+    @cython.locals(pending=uint16_t, element=size_t, head=uint32_t)
     cpdef int reap(self) noexcept nogil
     cpdef bint arm(self) noexcept nogil
     cpdef void disarm(self) noexcept nogil

@@ -93,7 +93,7 @@ class SplitRing:
         self.used_length = 0
         self._mask = size - 1
         # Private state: the device may scribble on anything in shared memory.
-        self._avail_idx = self._published = self._used_idx = 0
+        self._avail_idx = self._published = self._used_idx = self._seen_idx = 0
         self._heads = bytearray(size)  # 1: the device has it
         self._given = window(self._heads)
         self.disarm()
@@ -118,7 +118,7 @@ class SplitRing:
         fill(self._mem, self._avail, 0, RING + 2 * self.size + event)
         fill(self._mem, self._used, 0, RING + ELEM * self.size + EVENT)
         fill(self._given, 0, 0, self.size)
-        self._avail_idx = self._published = self._used_idx = 0
+        self._avail_idx = self._published = self._used_idx = self._seen_idx = 0
         self.disarm()
 
     def describe(self, index: int, address: int, length: int, flags: int, following: int) -> None:
@@ -160,8 +160,7 @@ class SplitRing:
         `used_length` is the length that the device claims; only a bound for replies, never a
         proof of success (2.7.8.2).
         """
-        end = load_acquire_u16(self._mem, self._used + IDX)
-        pending = (end - self._used_idx) & 0xFFFF
+        pending = self.ready()
         if pending == 0:
             return NOTHING
         if pending > self.outstanding():
@@ -175,10 +174,18 @@ class SplitRing:
         self._used_idx = (self._used_idx + 1) & 0xFFFF
         return head
 
+    def ready(self) -> int:
+        """How many used heads there are to reap, when last looked at; looks if there were none.
+
+        As the device says, who may lie.
+        """
+        if self._seen_idx == self._used_idx:
+            self._seen_idx = load_acquire_u16(self._mem, self._used + IDX)
+        return (self._seen_idx - self._used_idx) & 0xFFFF
+
     def fault(self) -> str:
         """What was wrong when `reap` said -2: for the error message, read anew."""
-        end = load_acquire_u16(self._mem, self._used + IDX)
-        pending = (end - self._used_idx) & 0xFFFF
+        pending = (self._seen_idx - self._used_idx) & 0xFFFF
         if pending > self.outstanding():
             return f"used index moved by {pending} with {self.outstanding()} buffers outstanding"
         element = self._used + RING + ELEM * (self._used_idx & self._mask)

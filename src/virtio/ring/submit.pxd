@@ -48,7 +48,7 @@ cdef class Submitter:
     cpdef void give_up(self)
     cpdef bint submit(self, Template template, int64_t offset, Buffer buffer, int64_t at, int64_t nbytes,
                       uint64_t token) except -1
-    @cython.locals(sent=bint, slot=size_t, began=uint64_t)
+    @cython.locals(sent=bint, began=uint64_t)
     cdef bint _send(self, Template template, int64_t offset, int64_t nbytes, int64_t data, uint64_t token,
                     Buffer buffer) except -1
     cpdef bint submit_plain(self, Template template, int64_t offset, int64_t nbytes, int64_t most,

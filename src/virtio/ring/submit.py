@@ -282,16 +282,14 @@ class Submitter:
         if buffer is not None:
             buffer.busy += 1
         try:
-            sent = self.queue.submit(template, offset, nbytes, data, token, self.owner, buffer)
+            began = ticks() if self.stats.on else 0
+            sent = self.queue.submit(template, offset, nbytes, data, token, self.owner, buffer, began)
         except RequestError:
             if buffer is not None:
                 buffer.busy -= 1
             raise
         if sent:
             self.budget.in_flight += 1
-            slot = load_u16(self.queue._free, 2 * self.queue._free_count)  # the one just taken
-            began = ticks() if self.stats.on else 0
-            store_u64(self.queue._records, RECORD_BYTES * slot + BEGAN, began)
         elif buffer is not None:
             buffer.busy -= 1
         return sent

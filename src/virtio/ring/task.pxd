@@ -43,7 +43,7 @@ cdef class Task:
     cdef uint64_t _base, _depth, _apart
     cdef object _again_array
     cdef Mem _again
-    cdef uint32_t _free_cells, _again_count
+    cdef uint32_t _all_cells, _free_cells, _first_cell, _again_count
 
     @cython.locals(item=uint64_t, left=uint32_t)
     cdef void _finish(self, uint64_t part, bint good) noexcept nogil

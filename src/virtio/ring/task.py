@@ -118,7 +118,8 @@ class Task:
         self._left = window(self._left_array) if self._left_array else null()
         self._cell_array = array("Q", [base + cell * part_bytes for cell in range(cells)])
         self._cells = window(self._cell_array) if cells else null()
-        self._free_cells = cells
+        self._all_cells = self._free_cells = cells  # in a ring, of which the free ones begin at
+        self._first_cell = 0
         self._again_array = array("Q")
         self._again = null()
         self._again_count = 0
