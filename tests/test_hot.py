@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import INTERPRETED, ROOT
 
 HOT = {
-    "split": ["describe", "redirect", "offer", "publish", "reap", "arm", "disarm", "outstanding"],
+    "split": ["describe", "redirect", "offer", "publish", "reap", "arm", "disarm", "outstanding", "ready"],
     "slots": [
         "_run",
         "_fill",
@@ -24,6 +24,11 @@ HOT = {
         "_complete",
         "_deliver",
         "_release",
+        "_start_over",
+        "_next_free",
+        "_take_next_free",
+        "_take_cell",
+        "_ready",
         "_fill_load",
     ],
     "task": ["_finish", "_count", "_first_bad"],

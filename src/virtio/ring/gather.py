@@ -24,7 +24,8 @@ _TOLERANCE = 40  # one part in so many, by which two epochs differ anyway
 _FRACTION = 1 << 10  # of a nanosecond, in which the time of a request is told
 _NEVER = 1 << 62
 # A burst is over when nothing came for some time: two looks, with a rest each for every so many ns of a
-# request. That is two times four requests where `pause` takes 60 cycles. Interpreted, none: a look takes longer.
+# request, which is the time of four requests where `pause` takes 60 cycles. Interpreted, none: a look takes
+# longer.
 _REST_NS = 5 if cython.compiled else 1 << 40
 _REST_MOST = 150
 

@@ -127,6 +127,7 @@ cdef class Slots:
     cdef void _deliver(self, Task task, size_t record) noexcept nogil
     @cython.locals(data=uint64_t)
     cdef uint64_t _take_cell(self, Task task) noexcept nogil
+    cdef void _start_over(self) noexcept nogil
     cdef uint32_t _next_free(self) noexcept nogil
     cdef void _take_next_free(self) noexcept nogil
     @cython.locals(last=uint32_t)

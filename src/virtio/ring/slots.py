@@ -110,10 +110,10 @@ _CLOCK_EVERY = 64  # spins between two looks at the clock; a rest is one, too
 # relax is to let others run.
 _EAGER = 1000 if cython.compiled else 64
 # Rests between looks that find nothing, in which the rings' cache lines are the device's, and a processor
-# that is shared with it, too. A device that is the limit has one for each request that it has to do meanwhile,
-# all the time: each of its writes to a line that was looked at has to get that line back, and what it writes
-# next waits. Any other has one for four of them, for so many looks: if it is not back then, it is waiting for
-# something itself, and nobody disturbs it. Interpreted, none: each look takes longer.
+# that is shared with it, too. A device that is the limit has one for each request that it has to do
+# meanwhile, all the time: to write to a line that was looked at it has to get that line back, and all that it
+# writes next waits. Any other has one for four of them, for so many looks: if it is not back then, it is
+# waiting for something itself, and nobody disturbs it. Interpreted, none: each look takes longer.
 _RESTING = 8
 _REST_BITS = 2
 _REST_MOST = 128 if cython.compiled else 0
@@ -330,6 +330,8 @@ class Slots:
         tries = most >= _GATHER_FROM and task.allowed >= task.total and not paced
         if tries:
             self.gathering.begin(begun)
+        if task.started == 0:
+            self._start_over()
         while True:
             if timed:
                 began = ticks()
@@ -533,6 +535,8 @@ class Slots:
         """Fill a free slot and offer its head; the slot, -1 if none is free, -2 if too long."""
         if self._free_count == 0:
             return FULL
+        if state != IN_TASK:
+            self._start_over()
         slot = self._next_free()
         record = RECORD_BYTES * slot
         base = self._slots_at + self._stride * slot
@@ -831,21 +835,17 @@ class Slots:
         store_u64(task._cells, 8 * last, data)
         task._free_cells += 1
 
-    @final
-    def _take_cell(self, task: Task) -> int:
-        """Of the free cells, of which there are some, the one that has been for longest: so a slot has the
-        same cell again, and its address need not be written anew."""
-        data = load_u64(task._cells, 8 * task._first_cell)
-        task._first_cell += 1
-        if task._first_cell == task._all_cells:
-            task._first_cell = 0
-        task._free_cells -= 1
-        return data
-
     # In which order slots are used matters to the device, which finds header, table and its own record of
     # each by its head: one after the other, processors fetch them before they are asked for. So slots are
-    # used in the order in which they came back, but no more of them than were ever in flight at once; and
-    # when none is, the first one is next.
+    # used in the order in which they came back, but no more of them than were ever in flight at once, of one
+    # task or of requests one by one. Cells too: so a slot has the same one again, whose address is there.
+
+    @final
+    def _start_over(self) -> None:
+        """Begin with the first slot again, if all are free."""
+        if self._free_count == self.slots:
+            self._free_first = 0
+            self._unused = self.slots
 
     @final
     def _next_free(self) -> int:
@@ -865,6 +865,16 @@ class Slots:
         self._free_count -= 1
 
     @final
+    def _take_cell(self, task: Task) -> int:
+        """Of the free cells, of which there are some, the one that has been for longest."""
+        data = load_u64(task._cells, 8 * task._first_cell)
+        task._first_cell += 1
+        if task._first_cell == task._all_cells:
+            task._first_cell = 0
+        task._free_cells -= 1
+        return data
+
+    @final
     def _release(self, slot: int) -> None:
         store_u32(self._records, RECORD_BYTES * slot + STATE, FREE)
         last = self._free_first + self._free_count - self._unused
@@ -872,9 +882,6 @@ class Slots:
             last -= self.slots
         store_u16(self._free, 2 * last, slot)
         self._free_count += 1
-        if self._free_count == self.slots:
-            self._free_first = 0
-            self._unused = self.slots
 
     @final
     def _next_ended(self) -> int:
