@@ -711,6 +711,27 @@ def test_after_detach_nothing_is_sent_and_no_memory_is_touched():
     assert bytes(bench.region.view) == before
 
 
+@pytest.mark.parametrize("case", ["used", "answered, then reset", "a bad head"])
+def test_a_poll_after_detach_finds_nothing_whatever_was_there_before(case):
+    bench = Bench(8)
+    data = bench.pool.take(512)
+    bench.queue.submit(READ, 0, 512, data.offset, 0)
+    bench.queue.kick()
+    (head,) = bench.arrivals()
+    if case == "a bad head":
+        bench.peer.use(9999, 1)
+    else:
+        bench.answer(head, b"\0")
+    if case == "answered, then reset":
+        bench.queue.rewind()
+    else:
+        bench.queue.poll()
+    broken = bench.queue.broken
+    assert broken == (case == "a bad head")
+    bench.queue.detach()
+    assert (bench.queue.poll(), bench.queue.broken) == ([], broken)
+
+
 def test_many_more_requests_than_the_16_bit_index_holds(served):
     bench = Bench(64, event_idx=True)
     disk = bytearray(512)

@@ -307,7 +307,7 @@ class RequestQueue(Slots):
         self.ring.detach()
         self._doorbell = Doorbell()  # what it was may be memory of the device
         self.slots = self._free_first = self._free_count = self._unused = 0
-        self._fault_count = self._ended_count = 0
+        self._fault_count = self._ended_count = self._early_count = 0
         self._buffer = None
         self._region = null()
         self._region_view = memoryview(b"")

@@ -737,7 +737,8 @@ class Slots:
         what was taken from being answered, and the line where the device says so from the device. A packed
         ring does not tell."""
         ready: int = self.slots if self.packed else self._split.ready()
-        return ready + self._early_count
+        ready += self._early_count
+        return ready if ready < self.slots else self.slots  # none, where the memory is not ours any more
 
     @final
     def _reap(self) -> int:

@@ -110,6 +110,7 @@ class SplitRing:
         """Let go of the memory: from now on the ring works on bytes of its own, for nobody."""
         self._view = memoryview(bytearray(len(self._view)))
         self._mem = window(self._view)
+        self.rewind()
 
     def rewind(self) -> None:
         """Begin anew from index 0, for a device that was reset; descriptors stay as they are."""
@@ -184,7 +185,7 @@ class SplitRing:
         return (self._seen_idx - self._used_idx) & 0xFFFF
 
     def fault(self) -> str:
-        """What was wrong when `reap` said -2: for the error message, read anew."""
+        """What was wrong when `reap` said -2: for the error message, the id is read anew."""
         pending = (self._seen_idx - self._used_idx) & 0xFFFF
         if pending > self.outstanding():
             return f"used index moved by {pending} with {self.outstanding()} buffers outstanding"
