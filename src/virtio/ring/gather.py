@@ -19,10 +19,10 @@ if not cython.compiled:
 # every 10 us, which gathering costs 14 %: what the other way did to its rounds lasts for longer.
 _EPOCH = 4096
 _TRIAL = 8  # epochs of a trial, of which every other one is with gathering
-_HELD = 120  # epochs for which its outcome holds: the wrong way costs its share of 4 in 128
-_TOLERANCE = 40  # one part in so many, by which two epochs differ anyway
+_HELD = 120  # epochs for which a yes holds
+_HELD_NO = 1920  # and a no: the wrong way, in four epochs of a trial, would else be seen in p99
+_TOLERANCE = 100  # one part in so many, by which the two differ anyway
 _FRACTION = 1 << 10  # of a nanosecond, in which the time of a request is told
-_NEVER = 1 << 62
 # A burst is over when nothing came for some time: two looks, with a rest each for every so many ns of a
 # request, which is the time of four requests where `pause` takes 60 cycles. Interpreted, none: a look takes
 # longer.
@@ -33,8 +33,8 @@ _REST_MOST = 150
 class Gathering:
     """Whether the loop gathers (`on`): not before a trial has shown that it costs nothing.
 
-    A trial goes by the fastest epoch of either way, as all others were held up by something else. It is of
-    one run: what was not tried to the end is not gathered. A run that is shorter has what was found before.
+    A trial goes by the time of all epochs of either way: gathered, some are as fast as they can be where
+    others are not. It is of one run: what was not tried to the end is not gathered. A run that is shorter has what was found before.
     `rests` is how many there are between two looks at whether a burst is over.
     """
 
@@ -42,7 +42,8 @@ class Gathering:
         self.on = False
         self.rests = 0
         self._epochs = self._done = self._since = 0
-        self._with = self._without = _NEVER  # time of a request in the fastest epoch of this trial
+        self._held = 0  # epochs until the next trial
+        self._with = self._without = 0  # times of a request in the epochs of this trial
 
     def begin(self, now: int) -> None:
         """A run begins `now`, in nanoseconds, and so does an epoch."""
@@ -64,17 +65,18 @@ class Gathering:
         self._epochs += 1
         if self._epochs <= _TRIAL:
             if self.on:
-                self._with = min(self._with, took)
+                self._with += took
             else:
-                self._without = min(self._without, took)
+                self._without += took
             self.on = not self.on
         if self._epochs == _TRIAL:
             self.on = self._with - self._with // _TOLERANCE <= self._without
-        elif self._epochs == _TRIAL + _HELD:
+            self._held = _HELD if self.on else _HELD_NO
+        elif self._epochs == _TRIAL + self._held:
             self._try()
 
     def _try(self) -> None:
         """A trial begins, without gathering."""
         self.on = False
         self._epochs = 0
-        self._with = self._without = _NEVER
+        self._with = self._without = 0
