@@ -34,7 +34,8 @@ class Gathering:
     """Whether the loop gathers (`on`): not before a trial has shown that it costs nothing.
 
     A trial goes by the time of all epochs of either way: gathered, some are as fast as they can be where
-    others are not. It is of one run: what was not tried to the end is not gathered. A run that is shorter has what was found before.
+    others are not. It is of one run: what was not tried to the end is not gathered. A run that is shorter has
+    what was found before.
     `rests` is how many there are between two looks at whether a burst is over.
     """
 
