@@ -13,7 +13,7 @@ cdef uint64_t _EPOCH, _TOLERANCE, _FRACTION, _REST_NS, _REST_MOST
 cdef class Gathering:
     cdef readonly bint on
     cdef readonly uint64_t rests
-    cdef uint32_t _epochs, _held
+    cdef uint32_t _epochs
     cdef uint64_t _done, _since, _with, _without
 
     cpdef void begin(self, uint64_t now) noexcept nogil

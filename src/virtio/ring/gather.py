@@ -43,7 +43,6 @@ class Gathering:
         self.on = False
         self.rests = 0
         self._epochs = self._done = self._since = 0
-        self._held = 0  # epochs until the next trial
         self._with = self._without = 0  # times of a request in the epochs of this trial
 
     def begin(self, now: int) -> None:
@@ -72,8 +71,7 @@ class Gathering:
             self.on = not self.on
         if self._epochs == _TRIAL:
             self.on = self._with - self._with // _TOLERANCE <= self._without
-            self._held = _HELD if self.on else _HELD_NO
-        elif self._epochs == _TRIAL + self._held:
+        elif self._epochs == _TRIAL + (_HELD if self.on else _HELD_NO):
             self._try()
 
     def _try(self) -> None:
