@@ -185,14 +185,13 @@ def test_a_hundred_times_cost_no_descriptor_and_no_memory():
                 opened.read(0, 4096)
                 if times == 10:
                     before = len(os.listdir("/proc/self/fd")), threading.active_count(), mapped()
-            deadline = time.monotonic() + 5
-            while True:  # chores may just end
-                after = len(os.listdir("/proc/self/fd")), threading.active_count(), mapped()
-                if after[0] <= before[0] + 1 and after[1] <= before[1] + 1 or time.monotonic() > deadline:
-                    break
-                time.sleep(0.01)
-            assert after[2] <= before[2] + 4096
-            assert after[0] <= before[0] + 1 and after[1] <= before[1] + 1
+
+            def settled() -> bool:  # a chore may just end
+                after = len(os.listdir("/proc/self/fd")), threading.active_count()
+                return after[0] <= before[0] + 1 and after[1] <= before[1] + 1
+
+            assert model.wait_for(settled)
+            assert mapped() <= before[2] + 4096
 
 
 def mapped():
