@@ -250,8 +250,10 @@ async def test_more_calls_than_may_wait_is_an_error_of_those_alone():
                 assert len(refused) == 5 and results.count(bytes(BLOCK)) == slots + 10
 
 
+@pytest.mark.parametrize("at_once", [1, 256])
 @asynchronous
-async def test_waiters_are_served_in_order_and_channels_in_turns():
+async def test_waiters_are_served_in_order_and_channels_in_turns(at_once, monkeypatch):
+    monkeypatch.setattr("virtio_bdev.aio.channel._POLL_AT_ONCE", at_once)  # of 1: a slot is free at a time
     with serve("scsi", "ram:1M", "ram:1M") as target:
         async with await aio.attach(target.address, queues=1, queue_size=16) as controller:
             order = []

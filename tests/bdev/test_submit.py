@@ -94,6 +94,23 @@ def test_poll_gives_no_more_than_asked_for_and_forgets_none(channel, controller)
         assert channel.poll() == []
 
 
+def test_two_channels_that_poll_for_few_each_get_theirs_oldest_first(controller):
+    bdev = next(iter(controller.values()))
+    with bdev.open() as one, bdev.open() as two, controller.buffer(BLOCK) as buffer:
+        for _ in range(30):
+            for token in range(6):
+                assert one.submit_read(0, buffer, token) and two.submit_read(0, buffer, token)
+            seen = {one: [], two: []}
+            deadline = time.monotonic() + 10
+            one.kick()
+            time.sleep(0.001)  # all are back, as a rule: in turns
+            while sum(map(len, seen.values())) < 12:
+                assert time.monotonic() < deadline, seen
+                for channel, limit in ((one, 2), (two, 1)):
+                    seen[channel] += [token for token, _ in channel.poll(limit)]
+            assert seen == {one: list(range(6)), two: list(range(6))}
+
+
 def test_armed_one_can_sleep_on_the_descriptor_and_is_always_woken(channel, controller):
     poll = select.poll()
     poll.register(channel.fileno(), select.POLLIN)

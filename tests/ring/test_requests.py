@@ -843,6 +843,22 @@ def test_what_was_back_when_the_device_was_reset_is_not_slept_through():
     assert bench.queue.arm() and bench.queue.in_flight == 1  # the other is with the device again
 
 
+def test_what_was_back_before_resets_is_handed_out_oldest_first():
+    bench = Bench(8)
+    data = bench.pool.take(512)
+    for token in range(6):
+        bench.queue.submit(READ, 0, 512, data.offset, token, 3)
+    bench.queue.kick()
+    heads = bench.arrivals()
+    for first in (0, 3):  # twice, without a poll in between
+        for head in heads[first : first + 2]:
+            bench.answer(head, b"\0")
+        bench.queue.rewind()
+        bench.seen = bench.peer.used_idx = 0
+        bench.queue.kick()
+    assert [f.token for f in bench.queue.poll(9, 3)] == [0, 1, 3, 4]
+
+
 # Where a request's parts are.
 
 

@@ -104,10 +104,12 @@ class RequestQueue(Slots):
         channel (owner 0), which come back without a result: nobody knows what became of them. What it
         had used before is not lost.
         """
+        back = [load_u16(self._early, 2 * i) for i in range(self._early_count)]
         while (head := self._reap()) >= 0:
-            store_u16(self._early, 2 * self._early_count, head)
-            self._early_count += 1
-        back = {load_u16(self._early, 2 * i) for i in range(self._early_count)}
+            back.insert(0, head)  # the oldest is taken from the end
+        self._early_count = len(back)
+        for i, head in enumerate(back):
+            store_u16(self._early, 2 * i, head)
         self.ring.rewind()
         self.broken = False
         for slot in range(self.slots):

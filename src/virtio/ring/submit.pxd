@@ -57,7 +57,7 @@ cdef class Submitter:
     cpdef bint cancel(self, uint64_t token) except -1
     cpdef list poll(self, int64_t limit=*)
     @cython.locals(queue=RequestQueue, completions=list, slot=uint32_t, whose=uint32_t, token=uint64_t,
-                   now=uint64_t)
+                   now=uint64_t, full=bint, passed=bint)
     cdef list _poll(self, int64_t limit)
     @cython.locals(record=size_t)
     cdef void _count(self, uint32_t slot, uint64_t now) noexcept

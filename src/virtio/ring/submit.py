@@ -340,12 +340,14 @@ class Submitter:
         completions: list[Completion] = []
         while self._done and len(completions) < limit:
             completions.append(self._done.popleft())
+        passed = False
         for _ in range(queue._ended_count):
-            if len(completions) >= limit:
-                break
+            full = len(completions) >= limit
+            if full and not passed:
+                break  # else the rest is passed too: what was passed would be behind it, and so not in order
             slot = queue._next_ended()
             whose = load_u32(queue._records, RECORD_BYTES * slot + OWNER)
-            if whose == self.owner:
+            if whose == self.owner and not full:
                 token = load_u64(queue._records, RECORD_BYTES * slot + TOKEN)
                 if load_u64(queue._records, RECORD_BYTES * slot + RESULT) == 0:
                     if self.stats.on:
@@ -372,6 +374,7 @@ class Submitter:
                 queue._lose_orphan(slot)
             else:
                 queue._put_ended(slot)
+                passed = True
         return completions
 
     def _count(self, slot: int, now: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from virtio.errors import ClosedError, VirtioError
@@ -21,7 +22,7 @@ class Reactor:
         self.lease = lease
         self.loop = asyncio.get_running_loop()
         self.closed = False
-        self._channels: dict[int, Channel] = {}  # by owner
+        self._channels: OrderedDict[int, Channel] = OrderedDict()  # by owner, whose turn it is first
         self._due = False  # a turn, that the loop knows of
         self._in_vain = 0
         self.loop.add_reader(lease.completion_fd, self._signalled)
@@ -78,7 +79,7 @@ class Reactor:
             for owner in channels[0].inner.queue.owners():
                 if owner in self._channels:
                     moved |= self._channels[owner].collect()
-            moved |= self._feed(channels)
+            moved |= self._feed()
             self._in_vain = 0 if moved else self._in_vain + 1
             soon = moved or (self._in_vain <= _IN_VAIN and self.lease.queue.in_flight)
             if soon or not channels[0].inner.arm():
@@ -87,13 +88,21 @@ class Reactor:
             if not self.lease.life.error:
                 self._fail(error)
 
-    def _feed(self, channels: list[Channel]) -> bool:
-        """Begin what waits, one call of each channel at a time; whether there was any."""
+    def _feed(self) -> bool:
+        """Begin what waits, one call of each channel in turns; whether there was any.
+
+        Whose turn it is outlasts the room for it: else a queue that gives back one request at a time
+        would serve the first channel alone.
+        """
         begun = False
-        waiting = [channel for channel in channels if channel.waiting]
-        while waiting:
-            waiting = [channel for channel in waiting if channel.begin_next()]
-            begun |= bool(waiting)
+        in_vain = 0
+        while in_vain < len(self._channels):
+            owner, channel = next(iter(self._channels.items()))
+            if channel.begin_next():
+                begun, in_vain = True, 0
+            else:
+                in_vain += 1
+            self._channels.move_to_end(owner)
         return begun
 
     def _lost(self) -> None:
