@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
-from math import inf, isnan, nan
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
 from virtio.errors import RequestError
@@ -31,7 +31,12 @@ _FIO_NAMES = {
     **{"ramp": "ramp_time", "iodepth_batch": "iodepth_batch", "requests": "number_ios", "seed": "randseed"},
 }
 _TELL_S = 1.0  # between two calls of `progress`
+_TELL_LEAST_S = 0.1  # of the last one: less says nothing
 _JOIN_S = 30.0
+_LONGEST_S = 1e9
+_FASTEST = 1e9  # requests a second: one each nanosecond
+_LAST_SEED = (1 << 64) - 1
+_THETA, _SHARE = 1.1, 0.2  # of zipf and pareto, unless given: fio's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +46,10 @@ class Job:
     It goes on for `runtime` seconds, or so many `requests`, on `size` bytes of the disk from `offset` on,
     to its end unless given. Sequential requests go over them again and again; random ones go where `seed`,
     itself random unless given, has them, all places being as likely, unless `random_distribution` is
-    "zipf:THETA" or "pareto:SHARE" (see `virtio.ring.skew.Skew`). Of "rw" and "randrw", `rwmixread` percent
-    are reads. The first `ramp` seconds are not counted. At most `rate_iops` requests begin a second, at
-    even intervals; they begin when there is room for `iodepth_batch` of them. `busy`: also measure the
-    driver's own time.
+    "zipf:THETA" or "pareto:SHARE", 1.1 and 0.2 unless given (see `virtio.ring.skew.Skew`). Of "rw" and
+    "randrw", `rwmixread` percent are reads. The first `ramp` seconds are not counted. At most `rate_iops`
+    requests begin a second, reads and writes together, at even intervals; they begin when there is room for
+    `iodepth_batch` of them. `busy`: also measure the driver's own time.
     """
 
     rw: Pattern = "randread"
@@ -65,7 +70,12 @@ class Job:
     @property
     def writes(self) -> bool:
         """Whether that overwrites the disk."""
-        return not self.rw.endswith("read")
+        return self.rwmixread < 100 if self.mixed else not self.rw.endswith("read")
+
+    @property
+    def mixed(self) -> bool:
+        """Whether that is for `rwmixread` to say."""
+        return self.rw.endswith("rw")
 
     def fio(self) -> dict[str, str]:
         """What differs from the defaults, and what always matters, by fio's names."""
@@ -85,14 +95,16 @@ class Job:
         """The load that it puts on a disk; raises RequestError for what is out of bounds."""
         if self.rw not in _PATTERNS:
             raise RequestError(f"rw={self.rw!r}, want one of {', '.join(_PATTERNS)}")
-        times = f"{self.ramp} and {self.runtime} seconds and {self.requests} requests"
-        none = self.requests is not None and self.requests < 1
-        if none or not 0 < self.runtime < inf or not 0 <= self.ramp < inf:
-            raise RequestError(f"{times}: want more than 0")
+        if not 0 < self.runtime <= _LONGEST_S:
+            raise RequestError(f"runtime={self.runtime}, want more than 0 and at most {_LONGEST_S:g} seconds")
+        if not 0 <= self.ramp <= _LONGEST_S:
+            raise RequestError(f"ramp={self.ramp}, want 0 to {_LONGEST_S:g} seconds")
+        if self.requests is not None and not 0 < self.requests < UNLIMITED:
+            raise RequestError(f"requests={self.requests}, want 1 or more")
         if not 0 <= self.rwmixread <= 100:
             raise RequestError(f"rwmixread={self.rwmixread}, want a percentage")
-        if self.rate_iops is not None and not 0 < self.rate_iops < inf:
-            raise RequestError(f"rate_iops={self.rate_iops}, want more than 0")
+        if self.rate_iops is not None and not 0 < self.rate_iops <= _FASTEST:
+            raise RequestError(f"rate_iops={self.rate_iops}, want more than 0 and at most {_FASTEST:g}")
         if not 1 <= self.iodepth_batch <= max(1, self.iodepth):
             raise RequestError(f"iodepth_batch={self.iodepth_batch}, want 1 to {self.iodepth}, the iodepth")
         if self.bs < 1:
@@ -108,9 +120,9 @@ class Job:
             size,
             random=self.rw.startswith("rand"),
             base=self.offset,
-            reads=self.rwmixread if self.rw.endswith("rw") else 0 if self.writes else 100,
-            ramp_ns=min(int(self.ramp * 1e9), UNLIMITED),
-            runtime_ns=min(int(self.runtime * 1e9) or 1, UNLIMITED),
+            reads=self.rwmixread if self.mixed else 0 if self.writes else 100,
+            ramp_ns=int(self.ramp * 1e9),
+            runtime_ns=int(self.runtime * 1e9) or 1,
             requests=UNLIMITED if self.requests is None else self.requests,
             seed=random.getrandbits(64) if self.seed is None else self.seed,
             skew=_skew(self.random_distribution, size // self.bs),
@@ -160,13 +172,18 @@ class Result:
         """The job of this run as fio's json has it; a direction that was not used is all zeros."""
         told: dict[str, Any] = {
             "jobname": self.job.rw,
+            "groupid": 0,
             "error": 0,
+            "elapsed": math.ceil(self.seconds),
             "job options": self.job.fio(),
             "read": _direction(self.job.bs, self.seconds, self.reads),
             "write": _direction(self.job.bs, self.seconds, self.writes),
         }
-        if self.busy is not None:  # which fio does not have
+        # What fio does not have.
+        if self.busy is not None:
             told["busy_ns_per_io"] = 1e9 * self.busy / max(1, self.requests)
+        if self.interrupted:
+            told["interrupted"] = True
         return told
 
 
@@ -195,17 +212,20 @@ def run_jobs(
 ) -> list[Result]:
     """Do a job so many times at once, each on a channel, and so a queue, of its own thread.
 
-    `progress` is told each second how long it has gone on, and how many requests a second have ended since
-    it was told last. Ctrl-C ends the jobs, and what they have measured is returned. Raises what `run` raises,
-    of the first job that fails, and NoQueueError.
+    `progress` is told each second, and at the end, how long it has gone on, and how many requests a second
+    have ended since it was told last, also of the ramp. Ctrl-C ends the jobs within a tenth of a second, also
+    where the disk does not answer, and what they have measured is returned. Raises what `run` raises, of the
+    first job that fails, and NoQueueError.
     """
     seed = random.getrandbits(64) if job.seed is None else job.seed
-    jobs = [replace(job, seed=seed + number) for number in range(numjobs)]
+    jobs = [replace(job, seed=(seed + number) & _LAST_SEED) for number in range(numjobs)]
     loads = [each.load(bdev) for each in jobs]
     errors: list[BaseException] = []
     ready = threading.Barrier(numjobs)
+    # Not the threads themselves: before Python 3.13 one whose `join` was interrupted counts as dead.
+    ended = [threading.Event() for _ in loads]
 
-    def work(load: Load) -> None:
+    def work(load: Load, end: threading.Event) -> None:
         try:
             with bdev.open(wait=wait, timeout=timeout) as channel:
                 ready.wait(_JOIN_S)
@@ -215,23 +235,27 @@ def run_jobs(
             errors.append(error)
             for each in loads:
                 each.stop()
+        finally:
+            end.set()
 
-    threads = [threading.Thread(target=work, args=(load,), name="bench") for load in loads]
+    threads = [
+        threading.Thread(target=work, args=each, name="bench") for each in zip(loads, ended, strict=True)
+    ]
     interrupted = False
     with ExitStack() as stack:
-        stack.callback(_end, loads, threads)
+        stack.callback(_end, loads, threads, ended)
         try:
             for thread in threads:
                 thread.start()
-            _follow(loads, threads, progress)
+            _follow(loads, ended, progress)
         except KeyboardInterrupt:
             interrupted = True
             ready.abort()  # for those who wait for one that never came to start
-            _end(loads, threads)
+            _end(loads, threads, ended)
     first = next((error for error in errors if not isinstance(error, threading.BrokenBarrierError)), None)
     if first is not None:
         raise first
-    return [_result(load, job, interrupted) for load in loads]
+    return [_result(load, each, interrupted) for load, each in zip(loads, jobs, strict=True)]
 
 
 def merged(histograms: Iterable[Histogram]) -> Histogram:
@@ -242,41 +266,38 @@ def merged(histograms: Iterable[Histogram]) -> Histogram:
     return whole
 
 
-def _follow(
-    loads: list[Load], threads: list[threading.Thread], progress: Callable[[float, int], None]
-) -> None:
+def _follow(loads: list[Load], ended: list[threading.Event], progress: Callable[[float, int], None]) -> None:
     told = 0
     begun = before = time.monotonic()
-    while any(thread.is_alive() for thread in threads):
-        end = before + _TELL_S
-        for thread in threads:
-            thread.join(max(0.0, end - time.monotonic()))
+    while not all(end.is_set() for end in ended):
+        for end in ended:
+            end.wait(max(0.0, before + _TELL_S - time.monotonic()))
         now = time.monotonic()
-        done = sum(load.latency.count + load.written.count for load in loads)
-        if now >= end:  # else it was the last moment
-            progress(now - begun, int(max(0, done - told) / (now - before)))
+        done = sum(load.ended for load in loads)
+        if now - before >= _TELL_LEAST_S:
+            progress(now - begun, int((done - told) / (now - before)))
         told, before = done, now
 
 
-def _end(loads: list[Load], threads: list[threading.Thread]) -> None:
+def _end(loads: list[Load], threads: list[threading.Thread], ended: list[threading.Event]) -> None:
     for load in loads:
         load.stop()
-    for thread in threads:
-        if thread.ident is not None:
-            thread.join(_JOIN_S)
+    for thread, end in zip(threads, ended, strict=True):
+        if thread.ident is not None and end.wait(_JOIN_S):
+            thread.join()
 
 
 def _skew(words: str, blocks: int) -> Skew | None:
     """What a `random_distribution` of that many blocks comes to; None if all are as likely."""
     if words == "random":
         return None
-    law, _, number = words.partition(":")
+    law, colon, number = words.partition(":")
     try:
-        by = float(number)
+        by = float(number) if colon else _SHARE if law == "pareto" else _THETA
     except ValueError:
-        by = nan
-    if law not in get_args(Law) or isnan(by):
-        raise RequestError(f"random_distribution={words!r}, want random, zipf:THETA or pareto:SHARE")
+        by = math.nan
+    if law not in get_args(Law) or math.isnan(by):
+        raise RequestError(f"random_distribution={words!r}, want random, zipf[:THETA] or pareto[:SHARE]")
     return Skew(cast(Law, law), by, blocks)
 
 
@@ -292,6 +313,7 @@ def _direction(bs: int, seconds: float, latency: Histogram) -> dict[str, Any]:
     moved = requests * bs
     rate = moved / seconds if seconds else 0.0
     # Putting a request on the ring is part of its completion latency here; fio tells the two apart.
+    none = {"min": 0, "max": 0, "mean": 0.0, "stddev": 0.0, "N": 0}
     total = {
         "min": latency.minimum,
         "max": latency.maximum,
@@ -308,6 +330,9 @@ def _direction(bs: int, seconds: float, latency: Histogram) -> dict[str, Any]:
         "iops": requests / seconds if seconds else 0.0,
         "runtime": round(seconds * 1000) if requests else 0,
         "total_ios": requests,
+        "short_ios": 0,
+        "drop_ios": 0,
+        "slat_ns": none,
         "clat_ns": {**total, "percentile": percentiles} if requests else total,
         "lat_ns": total,
     }

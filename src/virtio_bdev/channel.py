@@ -54,6 +54,7 @@ _COPIED_BYTES = 64 << 10  # that a blocking call copies in one piece
 _TRIES = 8  # of a single request that a transient error hits
 _PAUSE_S = 0.001  # between two of them, growing
 _CLOSE_S = 1.0
+_LEAVE_S = 0.05  # how long a load that was stopped waits for what is in flight
 _ZERO_BYTES = 256 << 10  # of zeros, where the device cannot write zeroes itself
 
 _owners = itertools.count(1)  # of single requests: each channel is one
@@ -391,7 +392,8 @@ class Channel(Submitter):
         """Put a load on the disk, `depth` requests in flight, until it ends; for `bench`.
 
         It writes random bytes. The first error of the device ends it, and is raised when all requests are
-        back; the channel's time-out is for each answer, not for the whole.
+        back; the channel's time-out is for each answer, not for the whole. A load that is stopped waits a
+        twentieth of a second for what is in flight, which may still take effect after that.
         """
         self._check(0, load.nbytes, write=load.reads < 100)
         limits, name = self._disk.limits, self.bdev.name
@@ -424,18 +426,27 @@ class Channel(Submitter):
                 other=self._disk.write,
                 stats=self.stats,
             )
-            seen, deadline = 0, deadline_in(self.timeout)
+            seen, deadline, stopping = 0, deadline_in(self.timeout), False
 
             def watch() -> int | None:
-                nonlocal seen, deadline
-                if task.finished != seen or not task.active:
+                nonlocal seen, deadline, stopping
+                if load.stopped:
+                    if not stopping:
+                        stopping, deadline = True, deadline_in(_LEAVE_S)
+                elif task.finished != seen or not task.active:
                     seen, deadline = task.finished, deadline_in(self.timeout)
                 return deadline
 
             self._limit(task)
             with self._lease as lease:
                 spin = _SPIN_NS[self.wait]
-                error = lease.execute(task, deadline, spin, self._disk.explain, watch)
+                try:
+                    error = lease.execute(task, deadline, spin, self._disk.explain, watch)
+                except RequestTimeout:
+                    if not load.stopped:
+                        raise
+                    load.finish()
+                    error = None
         if error is not None:
             raise error
 

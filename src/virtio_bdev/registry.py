@@ -239,10 +239,15 @@ class Controller(Mapping[str, Bdev]):
                         self._free.append(lease)
                     break
 
-    def close(self) -> None:
-        """Detach: calls under way raise ClosedError, the device is stopped; idempotent."""
+    def close(self, timeout: float | None = None) -> None:
+        """Detach: calls under way raise ClosedError, the device is stopped; idempotent.
+
+        One that does not stop within its time-out, or so many seconds if these are less, is left as it is.
+        """
         if not self._closed:
             self._closed = True
+            if timeout is not None:
+                self.device.transport.timeout = min(timeout, self.device.transport.timeout)
             try:
                 self.device.close()
             finally:

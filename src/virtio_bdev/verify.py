@@ -9,7 +9,7 @@ import zlib
 from abc import ABC, abstractmethod
 from array import array
 from operator import itemgetter
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
 from virtio.errors import RequestError, VirtioError
 
@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from virtio_bdev.channel import Channel
 
 How: TypeAlias = Literal["pattern", "crc"]
+_HOWS: tuple[How, ...] = get_args(How)
 
 _WORD = struct.Struct("<Q")  # at the end of each sector
 _SECTOR = 512
-_HEADER = struct.Struct("<8sQQI")  # magic, where it belongs, which pass it is of, its checksum
-_CRC, _CRC_AT = struct.Struct("<I"), 24
+# Magic, where it belongs, the seed and the number of its pass, its size, how it was made, its checksum.
+_HEADER = struct.Struct("<8sQQQIII")
+_CRC, _CRC_AT = struct.Struct("<I"), _HEADER.size - 4
 _MAGIC = b"vb-check"
 _CHUNK = 4 << 20  # bytes that are written, or read, by one call
 _MOST_TOLD = 3
@@ -57,12 +59,13 @@ def verify(
 ) -> Verified:
     """Write every block of `bs` bytes from `offset` on, flush, and read all of it back.
 
-    Each block has its own place, the number of this pass, which is `seed`, and bytes: of a "pattern" that
-    follows from both, or, for "crc", any bytes and their checksum. A write that was lost, went elsewhere,
-    or is there only in part is told from another, by a VerifyError. Without `write` it only reads back what
-    another pass with the same options has written, whose `seed` has to be given. As many requests are in
-    flight as the queue holds, in no order. It overwrites `size` bytes, to the disk's end unless given.
-    `progress` is told of bytes written, and of bytes read.
+    Each block has its own place, the `seed`, a number that no other pass has, and bytes: of a "pattern" that
+    follows from these, or, for "crc", any bytes and their checksum. A write that was lost, also over an older
+    pass with the same seed, went elsewhere, or is there only in part is told from another, by a VerifyError.
+    Without `write` it only reads back what another pass with the same options has written, whose `seed` has
+    to be given; all blocks are to be of one pass. As many requests are in flight as the queue holds, in no
+    order. It overwrites `size` bytes, to the disk's end unless given. `progress` is told of bytes written,
+    and of bytes read.
     """
     bdev = channel.bdev
     bdev.check(offset, bs, write=write)
@@ -75,7 +78,7 @@ def verify(
             f"{bdev.size - offset}"
         )
     seed = random.getrandbits(64) if seed is None else seed & _LAST
-    blocks = {"pattern": _Pattern, "crc": _Crc}[how](bs, seed)
+    blocks = (_Pattern if how == "pattern" else _Crc)(bs, seed, random.getrandbits(64) if write else None)
     took = {"write": 0.0, "read": 0.0}
     for what in took if write else ["read"]:
         begun = time.monotonic()
@@ -106,8 +109,11 @@ def _chunks(offset: int, size: int, bs: int, chance: random.Random) -> Iterator[
 class _Blocks(ABC):
     """What each block is to be: a header, and bytes that nothing else on the disk is likely to have."""
 
-    def __init__(self, bs: int, seed: int) -> None:
-        self._bs, self._seed = bs, seed
+    how: How
+
+    def __init__(self, bs: int, seed: int, number: int | None) -> None:
+        """`number` is that of the pass: None if the first block that is found says it."""
+        self._bs, self._seed, self._number = bs, seed, number
         self._noise = random.Random(seed).randbytes(2 * bs)
 
     @abstractmethod
@@ -132,16 +138,28 @@ class _Blocks(ABC):
         """A header, noise from where `mixed` says on, and `mixed` itself in each sector."""
         shift = (mixed >> 20) % self._bs
         noise = self._noise[shift : shift + self._bs - _HEADER.size]
-        block = bytearray(_HEADER.pack(_MAGIC, place, self._seed, 0) + noise)
+        number = self._number or 0
+        kind = _HOWS.index(self.how)
+        block = bytearray(_HEADER.pack(_MAGIC, place, self._seed, number, self._bs, kind, 0) + noise)
         # So that no two are alike, wherever they are cut.
         for sector in range(_SECTOR - 8, self._bs, _SECTOR):
             _WORD.pack_into(block, sector, mixed)
         return block
 
     def _misplaced(self, place: int, block: bytes) -> str:
-        magic, claimed, seed, _ = _HEADER.unpack_from(block)
-        if magic != _MAGIC or seed != self._seed:
+        """What the header of a block says that it should not."""
+        magic, claimed, seed, number, bs, kind, _ = _HEADER.unpack_from(block)
+        if magic != _MAGIC:
             return f"the block at {place} is as it was before, or not ours: the write was lost"
+        if seed != self._seed:
+            return f"the block at {place} is as it was before, of a pass with seed {seed}: the write was lost"
+        if (bs, kind) != (self._bs, _HOWS.index(self.how)):
+            made = _HOWS[kind] if kind < len(_HOWS) else f"kind {kind}"
+            return f"the block at {place} was written as {made}, {bs} bytes, not {self.how}, {self._bs} bytes"
+        if self._number is None:
+            self._number = number
+        if number != self._number:
+            return f"the block at {place} is of another pass with the same seed: the write was lost"
         if claimed != place:
             return f"the block at {place} is the one that was written to {claimed}"
         return ""
@@ -150,20 +168,24 @@ class _Blocks(ABC):
 class _Pattern(_Blocks):
     """All bytes follow from the place and the pass."""
 
+    how = "pattern"
+
     def at(self, place: int) -> bytes:
-        return bytes(self._made(place, (place * _MIX & _LAST) ^ self._seed))
+        return bytes(self._made(place, (place * _MIX & _LAST) ^ self._seed ^ (self._number or 0)))
 
     def plight(self, place: int, block: bytes) -> str:
+        said = self._misplaced(place, block)
         wanted = self.at(place)
-        if block == wanted:
-            return ""
+        if said or block == wanted:
+            return said
         first = next(i for i in range(self._bs) if block[i] != wanted[i])
-        torn = f"the block at {place} is right up to byte {first}, and wrong there: torn, or altered"
-        return self._misplaced(place, block) or torn
+        return f"the block at {place} is right up to byte {first}, and wrong there: torn, or altered"
 
 
 class _Crc(_Blocks):
     """Bytes that nobody can foresee, and their checksum."""
+
+    how = "crc"
 
     def at(self, place: int) -> bytes:
         block = self._made(place, random.getrandbits(64))

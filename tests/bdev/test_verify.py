@@ -89,17 +89,30 @@ def test_what_was_written_once_is_looked_for_later(channel, how):
     before = channel.read(0, 64 << 10)
     assert verify(channel, how=how, size=64 << 10, seed=3, write=False).blocks == 16
     assert channel.read(0, 64 << 10) == before
-    with pytest.raises(VerifyError, match="at 0 is as it was before"):
+    with pytest.raises(VerifyError, match="at 0 is as it was before, of a pass with seed 3"):
         verify(channel, how=how, size=64 << 10, seed=4, write=False)
     with pytest.raises(RequestError, match="is known by its seed"):
         verify(channel, how=how, size=64 << 10, write=False)
 
 
-def test_a_lost_write_is_seen_over_an_older_pass(channel):
-    verify(channel, size=64 << 10, seed=1)
+@pytest.mark.parametrize("how", ["pattern", "crc"])
+@pytest.mark.parametrize(
+    "seed, words", [(2, "with seed 1: the"), (1, "of another pass with the same seed: the")]
+)
+def test_a_lost_write_is_seen_over_an_older_pass(channel, how, seed, words):
+    verify(channel, how=how, size=64 << 10, seed=1)
     old = channel.read(8192, 4096)
-    with pytest.raises(VerifyError, match="at 8192 is as it was before"):
-        verify(Mean(channel, lambda channel: channel.write(8192, old)), size=64 << 10, seed=2)
+    with pytest.raises(VerifyError, match=f"at 8192 is .*{words} write was lost"):
+        verify(Mean(channel, lambda one: one.write(8192, old)), how=how, size=64 << 10, seed=seed)
+    with pytest.raises(VerifyError, match=f"at 8192 is .*{words} write was lost"):
+        verify(channel, how=how, size=64 << 10, seed=seed, write=False)
+
+
+def test_what_was_written_in_another_way_is_no_corruption(channel):
+    verify(channel, bs=8192, size=64 << 10, seed=1)
+    for how, bs, ours in (("crc", 8192, "crc, 8192"), ("pattern", 4096, "pattern, 4096")):
+        with pytest.raises(VerifyError, match=f"at 0 was written as pattern, 8192 bytes, not {ours} bytes"):
+            verify(channel, how=how, bs=bs, size=64 << 10, seed=1, write=False)
 
 
 def test_what_cannot_be_verified_is_refused(channel, bdev):

@@ -84,7 +84,7 @@ def test_every_key_of_its_json_is_one_of_fios(disk):
     status, out, _ = bench(disk, "--runtime", "0.1", "--json")
     assert status == 0
     fio = {line for line in FIO.read_text().splitlines() if not line.startswith("#")}
-    assert paths(json.loads(out)) - fio == {"/virtio-bdev version", "/jobs[]/job options/runtime"}
+    assert paths(json.loads(out)) - fio == {f"/jobs[]/job options/{key}" for key in ("runtime", "randseed")}
 
 
 def test_every_option_of_its_json_is_one_of_fios():
@@ -117,6 +117,7 @@ def test_json_has_the_run_as_fio_would_tell_it(disk, rw, used, unused):
     status, out, err = bench(disk, *options)
     assert (status, err) == (0, "")
     (job,) = json.loads(out)["jobs"]
+    assert int(job["job options"].pop("randseed")) >= 0
     assert job["job options"] == {"rw": rw, "bs": "8192", "iodepth": "2", "runtime": "0.2"}
     told = job[used]
     assert told["io_bytes"] == 8192 * told["total_ios"] > 0
@@ -175,7 +176,14 @@ def test_overwriting_a_disk_asks_at_a_terminal(disk, answer, status):
         (["--iodepth", "0"], 2, "--iodepth"),
         (["--runtime", "0"], 2, "--runtime"),
         (["--rw", "trim"], 2, "--rw"),
-        (["--random-distribution", "zipf"], 1, "'zipf', want random, zipf:THETA or pareto:SHARE"),
+        (["--random-distribution", "foo"], 1, "'foo', want random, zipf[:THETA] or pareto[:SHARE]"),
+        (["--runtime", "1e300"], 2, "--runtime"),
+        (["--ramp", "inf"], 2, "--ramp"),
+        (["--rate-iops", "1e12"], 2, "--rate-iops"),
+        (["--rwmixread", "70"], 2, "--rw randread has no use for --rwmixread"),
+        (["--rw", "read", "--random-distribution", "zipf"], 2, "no use for --random-distribution"),
+        (["--plot", "/nowhere/here.svg"], 1, "cannot write /nowhere/here.svg: /nowhere is no folder"),
+        (["--compare", "/dev/null"], 1, "/dev/null is no regular file"),
         (["--rate-iops", "0"], 2, "--rate-iops"),
         (["--iodepth", "2", "--iodepth-batch", "3"], 1, "iodepth_batch=3, want 1 to 2, the iodepth"),
         (["--verify", "md5"], 2, "--verify"),
@@ -258,6 +266,24 @@ def test_ctrl_c_exits_130_and_leaves_the_disk_to_the_next(disk):
     assert bench(disk, "--runtime", "0.1")[0] == 0
 
 
+def test_ctrl_c_leaves_a_disk_that_hangs_at_once():
+    with serve("blk", "ram:1M,delay=60") as target:
+        status, out, _ = bench(target, "--runtime", "60", "--json", code=INTERRUPTED)
+    when, told = out.split("\n", 1)
+    assert status == 130 and time.monotonic() - float(when) < 5  # 0.2, and what Python takes to end
+    (job,) = json.loads(told)["jobs"]
+    assert job["interrupted"] and job["read"]["total_ios"] == 0
+
+
+def test_as_many_jobs_as_the_disk_has_queues_need_no_other_option():
+    jobs = len(os.sched_getaffinity(0)) + 1
+    with serve("blk", "ram:1M", queues=jobs) as target:
+        status, out, err = bench(target, "--runtime", "0.1", "--numjobs", jobs)
+        assert (status, err) == (0, "") and f"on each of {jobs} queues" in out
+        status, out, err = bench(target, "--runtime", "0.1", "--numjobs", jobs + 1)
+        assert status == 1 and f"{jobs} request queues, {jobs + 1} are wanted" in err
+
+
 def test_a_target_that_dies_is_one_line():
     with serve("blk", "ram:1M") as target:
         code = INTERRUPTED.replace("os.getpid(), signal.SIGINT", f"{target.pid}, signal.SIGKILL")
@@ -321,7 +347,25 @@ def test_fios_own_json_can_be_compared_with(disk, tmp_path):
     assert status == 0 and re.search(r"reads against then: IOPS x\d+\.\d\d, mean x[\d.]+, p50 x[\d.]+", out)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"jobs": []}', '{"jobs": [{"read": {"iops": "many"}}]}'])
+def test_another_load_is_not_compared_without_a_word(disk, tmp_path):
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(bench(disk, "--runtime", "0.1", "--json")[1])
+    options = ["--runtime", "0.1", "--compare", earlier, "--bs", "8k", "--iodepth", "4"]
+    assert "VirtioBlk0: then it was another load, of bs=4096, iodepth=32\n" in bench(disk, *options)[1]
+    several = bench(disk, *options[:4], "--numjobs", "2", "--queues", "2")[1]
+    assert "then it was another load, of 1 jobs\n" in several
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "{}", '{"jobs": []}', '{"jobs": [{"read": {"iops": "many"}}]}', "[" * 100_000),
+        '{"jobs": [{"read": {"iops": -5, "total_ios": 1}}]}',
+        '{"jobs": [{"read": {"iops": 1e300, "total_ios": 1}}]}',
+        '{"jobs": [{"read": {"total_ios": 1}}, {"read": {"total_ios": -1}}]}',
+        '{"jobs": [{"read": {"total_ios": 1%s}}]}' % ("0" * 400),
+    ],
+)
 def test_what_is_no_earlier_run_is_told(tmp_path, text):
     (tmp_path / "earlier").write_text(text)
     with pytest.raises(ClickException, match="earlier (is not what|has no job)"):
@@ -347,7 +391,7 @@ def test_a_disk_is_verified_and_looked_at_again_later(disk):
     how[3] = "8"
     status, out, err = bench(disk, *how, "--verify-only")
     assert (status, out) == (1, "")
-    assert "not ours: the write was lost; " in err and "; and 125 more near there" in err
+    assert "of a pass with seed 7: the write was lost; " in err and "; and 125 more near there" in err
 
 
 def test_what_the_driver_itself_takes_is_a_line(disk):

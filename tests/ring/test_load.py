@@ -17,7 +17,7 @@ from virtio.errors import RequestError
 from virtio.ring import codes
 from virtio.ring._bits import mix
 from virtio.ring.codes import LOADED
-from virtio.ring.load import UNLIMITED, Histogram, Load
+from virtio.ring.load import Histogram, Load
 from virtio.ring.skew import Skew
 from virtio.ring.stats import READ as READS, WRITE as WRITES, Stats, tick_rate
 from virtio.ring.task import Task
@@ -194,8 +194,25 @@ def test_a_rate_lets_them_begin_at_even_intervals():
     time.sleep(0.05)
     ripe = load.ripe()
     assert abs(ripe - 1 - (load.now - begun) * 1000 / tick_rate()) < 1
-    assert load.pause(ripe - 1) == UNLIMITED  # it may: what it waits for is not the time
-    assert Load(512, 1 << 20, random=False).pause(0) == UNLIMITED
+    longest = 50_000_000  # ns, after which it looks whether it was stopped
+    assert load.pause(ripe - 1) == longest  # it may begin: what it waits for is not the time
+    assert Load(512, 1 << 20, random=False).pause(0) == longest
+    slow = Load(512, 1 << 20, random=False, rate=1)
+    slow.enter()
+    assert slow.pause(slow.ripe()) == longest
+
+
+@pytest.mark.parametrize("rate", [1e9, 3e8, 12345.678])
+def test_a_rate_is_kept_however_high_and_however_long_nobody_looked(rate):
+    load = Load(512, 1 << 20, random=False, rate=rate)
+    load.enter()
+    for _ in range(3):
+        time.sleep(0.02)
+        before = time.monotonic()
+        ripe = load.ripe()
+        assert time.monotonic() - before < 0.01  # at once, not one after the other
+        due = 1 + (load.now - load.begun) * rate / tick_rate()
+        assert abs(ripe - due) <= 1 + 1e-9 * due
 
 
 @pytest.mark.parametrize("how", [dict(rate=-1), dict(rate=math.inf), dict(batch=0)])

@@ -9,7 +9,7 @@ from virtio.ring._os cimport ticks
 from virtio.ring.skew cimport Skew
 from virtio.ring.stats cimport Stats
 
-cdef uint64_t _LAST, _SEVERAL, _GAMMA, _FOREVER, _FRACTION, _HELD
+cdef uint64_t _LAST, _SEVERAL, _GAMMA, _FRACTION, _HELD, _HEED_NS
 cdef int _SUB_BITS, _EXACT, _BUCKETS, _READ, _WRITE
 
 
@@ -32,7 +32,7 @@ cdef class Histogram:
 
 @cython.final
 cdef class Load:
-    cdef readonly uint64_t nbytes, requests, begun, now, deadline
+    cdef readonly uint64_t nbytes, requests, begun, now, deadline, ended
     cdef readonly int reads
     cdef readonly Histogram latency, written
     cdef public uint64_t errors, busy
@@ -56,7 +56,7 @@ cdef class Load:
     cdef uint64_t _ns(self, uint64_t passed) noexcept nogil
     cpdef void enter(self) noexcept nogil
     cpdef uint64_t ripe(self) noexcept nogil
-    @cython.locals(until=uint64_t)
+    @cython.locals(until=uint64_t, left=uint64_t)
     cpdef uint64_t pause(self, uint64_t started) noexcept nogil
     cpdef bint begin(self, uint64_t count) noexcept nogil
     @cython.locals(took=uint64_t)

@@ -21,7 +21,7 @@ if not cython.compiled:
     from virtio.ring._os import ticks
     from virtio.ring.stats import Stats
 
-UNLIMITED = _FOREVER = 1 << 62  # requests, or nanoseconds
+UNLIMITED = 1 << 62  # requests, or nanoseconds
 
 _LAST = 0xFFFFFFFFFFFFFFFF
 _SUB_BITS = 7  # 128 buckets for each power of two
@@ -32,6 +32,8 @@ _SEVERAL = 4  # requests that make it worth while to look at the clock again
 
 _HELD = 64  # times that are known, and not recorded yet
 _FRACTION = 1 << 8  # of a tick, in which ticks are multiplied
+
+_HEED_NS = 50_000_000  # the longest pause, after which `stop` is seen
 
 _READ, _WRITE = READ, WRITE
 
@@ -152,8 +154,8 @@ class Load:
     than `nbytes`, is not touched. The same `seed` gives the same offsets. `latency` is in nanoseconds, from
     when a request is about to be put on the ring until its completion is seen; requests that are put there,
     or seen, together share one reading of the clock. If it is `timed`, `busy` has all rounds of the loop in
-    which anything was submitted or seen. Moments, and `busy`, are in ticks: see `virtio.ring.stats`. For one
-    run, by one thread.
+    which anything was submitted or seen. `ended` counts all requests, also those of the ramp. Moments, and
+    `busy`, are in ticks: see `virtio.ring.stats`. For one run, by one thread.
     """
 
     def __init__(
@@ -185,7 +187,7 @@ class Load:
         self.requests = requests
         self.reads = reads
         self.latency, self.written = Histogram(), Histogram()
-        self.errors = 0
+        self.errors = self.ended = 0
         self.begun = self.now = self.deadline = 0
         self._entered = self._fresh = self._stopped = False
         # Ticks, as the system's clock waits for all loads before it reads them: 10 of a request's 300 ns.
@@ -249,6 +251,16 @@ class Load:
         """Start nothing more; from any thread."""
         self._stopped = True
 
+    @property
+    def stopped(self) -> bool:
+        """Whether `stop` was called."""
+        return bool(self._stopped)
+
+    def finish(self) -> None:
+        """It has ended by now, whatever is still with the device."""
+        self.settle()
+        self.now = ticks()
+
     def enter(self) -> None:
         """A run begins, or goes on after a break in which time has passed."""
         self._fresh = False
@@ -262,17 +274,21 @@ class Load:
         """How many requests may have begun by now, of a load that is `paced`."""
         self.now = ticks()
         self._fresh = True
-        while self._due <= self.now:
-            self._ripe += 1
+        if self._due <= self.now:
+            self._ripe = whole(float(self.now - self._from) / self._interval) + 1
             self._due = self._from + whole(float(self._ripe) * self._interval) + 1
         return self._ripe
 
     def pause(self, started: int) -> int:
-        """Nanoseconds from `now` until one more may begin, or the load ends: if that is all it waits for."""
+        """Nanoseconds from `now` to wait for the device at most: one more may begin then, the load ends, or
+        may have been stopped."""
         if not self.paced or started < self._ripe:
-            return _FOREVER
-        until = min(self._due, self.deadline)
-        return self._ns(until - self.now) if until > self.now else 0
+            return _HEED_NS
+        until = self._due if self._due < self.deadline else self.deadline
+        if until <= self.now:
+            return 0
+        left = self._ns(until - self.now)
+        return left if left < _HEED_NS else _HEED_NS
 
     def begin(self, count: int) -> bool:
         """So many requests are about to be submitted, at `now`; false if it is too late for that.
@@ -316,5 +332,6 @@ class Load:
                 self.written.record(self._ns(took))
             else:
                 self.latency.record(self._ns(took))
+        self.ended += self._held
         self._held = 0
         self._fresh = False

@@ -393,6 +393,8 @@ class Slots:
                 patience = _MOMENT
             if spins >= due or patience == 0:
                 due = spins + _CLOCK_EVERY
+                if task.load is not None and task.load._stopped:
+                    return TICK  # how long to wait for what is in flight is for the caller to say
                 now = now_ns()
                 if now - busy >= patience:
                     if now - begun >= slice_ns:

@@ -10,7 +10,6 @@ import cython
 
 from virtio.errors import RequestError
 from virtio.ring.codes import BOUNCED, CONSTANT, IN_PLACE, LOADED, NO_DATA
-from virtio.ring.load import UNLIMITED
 
 if not cython.compiled:
     from virtio.ring._mem import (
@@ -164,9 +163,8 @@ class Task:
             self._finish(part, True)
 
     def pause(self) -> float | None:
-        """Seconds until a load goes on by itself; None where only an answer can make it."""
-        ns = UNLIMITED if self.load is None else self.load.pause(self.started)
-        return None if ns == UNLIMITED else ns / 1e9
+        """Seconds that a load is to wait for answers at most; None where there is no load."""
+        return None if self.load is None else self.load.pause(self.started) / 1e9
 
     def again(self, part: int) -> None:
         """Send a part that came back with a fault once more; for parts of no load."""

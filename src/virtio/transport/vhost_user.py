@@ -77,7 +77,7 @@ class VhostUser:
         """
         self.address = f"user:{path}"
         self.path = path
-        self.timeout = timeout
+        self._timeout = timeout
         self.on_config_change: Callable[[], None] = lambda: None
         self._pid = os.getpid()
         self._ports: list[tuple[int, int]] = []  # kick and call eventfd of each ring
@@ -97,6 +97,15 @@ class VhostUser:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that bound each wait from now on."""
+        return self._timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float) -> None:
+        self._timeout = self._session.timeout = seconds
 
     def _begin(self) -> None:
         self.gone = None
@@ -299,7 +308,7 @@ class VhostUser:
 
     def reconnect(self) -> None:
         """Connect again, in place of a connection that was hung up; a failed attempt leaves none."""
-        self._session = Session(self.path, self.timeout)
+        self._session = Session(self.path, self._timeout)
         try:
             self._begin()
         except BaseException:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,6 +22,8 @@ from virtio_bdev.config import BdevSpec
 from virtio_bdev.verify import How, verify
 
 _SHALLOW = 32  # an iodepth up to which small queues are faster
+_LONGEST_S = 1e9
+_LEAVE_S = 0.1  # to stop a device, after Ctrl-C: it may be one that does not answer
 # What --verify has no use for.
 _OF_BENCH = {*bench.Job.__dataclass_fields__, "numjobs", "as_json", "earlier", "plot"}
 _OF_BENCH -= {"bs", "offset", "size", "seed"}
@@ -55,13 +59,16 @@ _OF_BENCH -= {"bs", "offset", "size", "seed"}
 @click.option("--size", type=SIZE, help="Bytes to stay within; to the disk's end unless given.")
 @click.option(
     "--runtime",
-    type=click.FloatRange(0, min_open=True),
+    type=click.FloatRange(0, _LONGEST_S, min_open=True),
     default=10.0,
     show_default=True,
     help="Seconds to go on for.",
 )
 @click.option(
-    "--ramp", type=click.FloatRange(0), default=0.0, help="Seconds before that, which are not counted."
+    "--ramp",
+    type=click.FloatRange(0, _LONGEST_S),
+    default=0.0,
+    help="Seconds before that, which are not counted.",
 )
 @click.option(
     "--wait",
@@ -73,14 +80,16 @@ _OF_BENCH -= {"bs", "offset", "size", "seed"}
 @click.option(
     "--random-distribution",
     default="random",
-    metavar="random|zipf:THETA|pareto:SHARE",
+    metavar="random|zipf[:THETA]|pareto[:SHARE]",
     show_default=True,
-    help="Which places random requests go to more often: none, by Zipf's law, or a SHARE by Pareto's.",
+    help="Which places random requests go to more often: none, by Zipf's law (THETA 1.1 unless given), or "
+    "a SHARE by Pareto's (0.2).",
 )
 @click.option(
     "--rate-iops",
-    type=click.FloatRange(0, min_open=True),
-    help="Requests a second of each job, at even intervals; as many as there can be unless given.",
+    type=click.FloatRange(0, 1e9, min_open=True),
+    help="Requests a second of each job, reads and writes together, at even intervals; as many as there can "
+    "be unless given.",
 )
 @click.option(
     "--iodepth-batch",
@@ -130,7 +139,8 @@ def command(
     """Measure a disk behind ADDRESS: requests a second, and how long each takes.
 
     All but read and randread overwrite the disk with random bytes. Ctrl-C ends it, and shows what was
-    measured until then. Unless --queue-size is given, a queue is as small as an --iodepth of up to 32 allows.
+    measured until then. Unless --queue-size is given, a queue is as small as an --iodepth of up to 32 allows,
+    and unless --queues is, there are as many as --numjobs takes.
     """
     job = bench.Job(**how)
     if verifies or verify_only:
@@ -141,6 +151,10 @@ def command(
         raise click.UsageError(
             "--compare adds lines, which would not go with --json: compare its output later"
         )
+    else:
+        _refuse_idle(click.get_current_context(), job)
+    if spec.queues is None and numjobs > len(os.sched_getaffinity(0)):
+        spec = replace(spec, queues=numjobs)
     before = None if earlier is None else report.Earlier.load(earlier)
     draw = None if plot is None else report.plotter(plot)
     small = not verifies and job.iodepth <= _SHALLOW and job.bs <= SMALL_BYTES
@@ -181,21 +195,36 @@ def _measure(
     else:
         print(*lines, *(before.compare(bdev, results) if before else ()), sep="\n")
     if draw is not None and any(result.requests for result in results):
-        draw(lines[0].partition(", latency")[0], results, history)
+        titles = [line.partition(", latency")[0] for line in lines if ", latency" in line]
+        draw("\n".join(titles), results, history)
     if results[0].interrupted:
+        bdev.controller.close(_LEAVE_S)
         raise click.Abort
+
+
+def _given(context: click.Context, names: set[str]) -> list[str]:
+    """Those of these options that somebody has given."""
+    return [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name in names
+        and context.get_parameter_source(parameter.name) is not ParameterSource.DEFAULT
+    ]
 
 
 def _refuse_others(context: click.Context) -> None:
     """What was given of options that verification has no use for."""
-    given = [
-        parameter.opts[0]
-        for parameter in context.command.params
-        if parameter.name in _OF_BENCH
-        and context.get_parameter_source(parameter.name or "") is not ParameterSource.DEFAULT
-    ]
-    if given:
+    if given := _given(context, _OF_BENCH):
         raise click.UsageError(f"--verify measures nothing: {', '.join(given)} does not go with it")
+
+
+def _refuse_idle(context: click.Context, job: bench.Job) -> None:
+    """What was given and would do nothing."""
+    idle = [] if job.mixed else _given(context, {"rwmixread"})
+    if not job.rw.startswith("rand"):
+        idle += _given(context, {"random_distribution"})
+    if idle:
+        raise click.UsageError(f"--rw {job.rw} has no use for {', '.join(idle)}")
 
 
 def _verify(bdev: Bdev, wait: Wait, timeout: float, job: bench.Job, how: How, only: bool) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import click
 import msgspec
 
 from virtio_bdev.bdev import human
 from virtio_bdev.bench import Result, merged
+from virtio_bdev.cli.options import SIZE
 
 if TYPE_CHECKING:
     from virtio.ring.load import Histogram
@@ -26,6 +29,7 @@ Plotter = Callable[[str, list[Result], History], None]
 _SHOWN = (50, 99, 99.9)  # percentiles
 _MOST_BYTES = 64 << 20  # of an earlier result
 _NINES = 5  # a plot's last mark: 99.999 %
+_ALIKE = ("rw", "bs", "iodepth", "rwmixread", "random_distribution", "rate_iops")  # of loads to compare
 
 
 def lines(bdev: Bdev, results: list[Result]) -> Iterator[str]:
@@ -61,7 +65,7 @@ def fio(results: list[Result]) -> dict[str, object]:
     """As fio prints it with --output-format=json, a job for each of theirs."""
     now = time.time()
     return {
-        "virtio-bdev version": version("virtio-bdev"),
+        "fio version": f"virtio-bdev-{version('virtio-bdev')}",  # by the name that others look for
         "timestamp": int(now),
         "timestamp_ms": int(now * 1000),
         "time": time.ctime(now),
@@ -69,18 +73,22 @@ def fio(results: list[Result]) -> dict[str, object]:
     }
 
 
+_Measure = Annotated[float, msgspec.Meta(ge=0, le=1e18)]  # of requests a second, or of ns
+
+
 class _Latency(msgspec.Struct):
-    mean: float = 0.0
-    percentile: dict[str, float] = {}
+    mean: _Measure = 0.0
+    percentile: dict[str, _Measure] = {}
 
 
 class _Direction(msgspec.Struct):
-    iops: float = 0.0
-    total_ios: int = 0
+    iops: _Measure = 0.0
+    total_ios: Annotated[int, msgspec.Meta(ge=0, le=10**18)] = 0
     clat_ns: _Latency = msgspec.field(default_factory=_Latency)
 
 
 class _Job(msgspec.Struct):
+    options: dict[str, str] = msgspec.field(name="job options", default_factory=dict)
     read: _Direction = msgspec.field(default_factory=_Direction)
     write: _Direction = msgspec.field(default_factory=_Direction)
 
@@ -94,6 +102,8 @@ class Earlier(msgspec.Struct):
     def load(cls, path: Path) -> Earlier:
         """Read and checked; raises ClickException."""
         try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise click.ClickException(f"{path} is no regular file")
             with path.open("rb") as file:
                 text = file.read(_MOST_BYTES + 1)
             if len(text) > _MOST_BYTES:
@@ -103,7 +113,7 @@ class Earlier(msgspec.Struct):
             found = msgspec.json.decode(text, type=cls)
         except OSError as error:
             raise click.ClickException(f"cannot read {path}: {error.strerror}") from error
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise click.ClickException(
                 f"{path} is not what `bench --json`, or fio's --output-format=json, prints: {error}"
             ) from error
@@ -113,6 +123,8 @@ class Earlier(msgspec.Struct):
 
     def compare(self, bdev: Bdev, results: list[Result]) -> Iterator[str]:
         """A line for each direction: now, by then. Percentiles of several jobs do not add up: left out."""
+        if unlike := self._unlike(results):
+            yield f"{bdev.name}: then it was another load, of {', '.join(unlike)}"
         for name, latency in _directions(results).items():
             before = [each for job in self.jobs if (each := getattr(job, name)).total_ios]
             iops = sum(
@@ -133,6 +145,24 @@ class Earlier(msgspec.Struct):
                     words.append(f"p{percent:g} {_by(latency.percentile(percent), then)}")
             yield f"{bdev.name}: {name}s against then: {', '.join(words)}"
 
+    def _unlike(self, results: list[Result]) -> list[str]:
+        """What was asked for then, and is not now; of options that both tell."""
+        now, then = results[0].job.fio(), self.jobs[0].options
+        told = [
+            f"{name}={then[name]}"
+            for name in _ALIKE
+            if name in now.keys() & then.keys() and _bytes(now[name]) != _bytes(then[name])
+        ]
+        return told + ([f"{len(self.jobs)} jobs"] if len(self.jobs) != len(results) else [])
+
+
+def _bytes(text: str) -> object:
+    """A size whichever way it is written, or the text if it is none."""
+    try:
+        return SIZE.convert(text, None, None)
+    except click.UsageError:
+        return text
+
 
 def _by(now: float, then: float) -> str:
     return f"x{now / then:.2f}" if then else "x?"
@@ -140,8 +170,11 @@ def _by(now: float, then: float) -> str:
 
 def plotter(path: Path) -> Plotter:
     """What draws latencies, and the rate over time, into a file; raises ClickException if nothing can."""
-    if path.suffix not in (".svg", ".png"):
+    kind = path.suffix.lower()
+    if kind not in (".svg", ".png"):
         raise click.ClickException(f"{path}: want a name that ends with .svg or .png")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise click.ClickException(f"cannot write {path}: {path.parent} is no folder that can be written to")
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -170,12 +203,14 @@ def plotter(path: Path) -> Plotter:
         left.legend()
         iops = sum(result.iops for result in results)
         right.axhline(iops, linestyle="--", alpha=0.5, label=f"mean {iops:,.0f}")
+        if results[0].job.ramp:
+            right.axvspan(0, results[0].job.ramp, alpha=0.1, label="ramp")
         right.plot([seconds for seconds, _ in history], [rate for _, rate in history], marker=".")
         right.set(xlabel="seconds", ylabel="requests a second", ylim=(0, None))
         right.grid(alpha=0.3)
         right.legend()
         try:
-            figure.savefig(path)
+            figure.savefig(path, format=kind[1:])
         except OSError as error:
             raise click.ClickException(f"cannot write {path}: {error.strerror}") from error
 
