@@ -24,6 +24,7 @@ MODULES = [
     "virtio.ring.device",
     "virtio.ring.doorbell",
     "virtio.ring.gather",
+    "virtio.ring.lease",
     "virtio.ring.load",
     "virtio.ring.packed",
     "virtio.ring.requests",

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import itertools
 import os
-import threading
 import time
 import warnings
 from array import array
@@ -25,10 +24,9 @@ from virtio.errors import (
     TransportError,
     VirtioError,
 )
-from virtio.ring import eventfd
 from virtio.ring.buffer import Buffer
 from virtio.ring.codes import BOUNCED, CONSTANT, IN_PLACE, LOADED
-from virtio.ring.lease import deadline_in
+from virtio.ring.lease import Sole, deadline_in
 from virtio.ring.stats import OTHER, READ, WRITE
 from virtio.ring.submit import Submitter
 from virtio.ring.task import Task, first_bad_offset
@@ -36,7 +34,7 @@ from virtio.ring.template import Template
 from virtio.wire.scsi import compare_and_write
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from typing_extensions import Buffer as BufferProtocol
 
@@ -105,7 +103,7 @@ class Channel(Submitter):
         self.wait = wait
         self._controller = bdev.controller
         self._scratch: Buffer | None = None
-        self._scratch_lock = threading.Lock()
+        self._bouncing = Sole("another thread is inside a call on this channel: open one in each thread")
         self._lease = lease = self._controller.take_lease()
         super().__init__(
             lease.queue,
@@ -125,7 +123,7 @@ class Channel(Submitter):
         """The bytes of the disk from `offset` on."""
         self._check(offset, nbytes)
         if 0 < nbytes <= _BOUNCE_BYTES:  # into the pool, and from there in one copy
-            with self._bouncing():
+            with self._bouncing:
                 scratch = self._bounce(nbytes, 1)
                 view = scratch.view()[:nbytes]
                 if not self._at_once(self.geometry.read, offset, nbytes, scratch):
@@ -155,7 +153,7 @@ class Channel(Submitter):
         self._check(offset, view.nbytes, write=True)
         elsewhere = self._controller.device.locate(view) < 0
         if not fua and 0 < view.nbytes <= _COPIED_BYTES and elsewhere:
-            with self._bouncing():
+            with self._bouncing:
                 scratch = self._bounce(view.nbytes, 1)
                 scratch.view()[: view.nbytes] = view
                 if self._at_once(self.geometry.write, offset, view.nbytes, scratch):
@@ -371,7 +369,7 @@ class Channel(Submitter):
         self._silence()
         if not self.closed:
             self.queue.woken = True
-            eventfd.signal(self._lease.completion_fd)
+            self._wake()
 
     def _silence(self) -> None:
         alarm, self._alarm = self._alarm, None
@@ -385,8 +383,11 @@ class Channel(Submitter):
             self.queue.again(later[1])
         self.queue.kick()
 
+    def _wake(self) -> None:
+        self._lease.wake()
+
     def _drain(self) -> None:
-        eventfd.drain(self._lease.completion_fd)
+        self._lease.drain()
 
     def apply(self, load: Load, depth: int) -> None:
         """Put a load on the disk, `depth` requests in flight, until it ends; for `bench`.
@@ -459,11 +460,11 @@ class Channel(Submitter):
                 self._scratch.close()
                 self._scratch = None
             if self.budget.in_flight:
+                self._later.clear()
+                for owner in (self.owner, self.own):
+                    self.queue.renounce(owner, self.budget)
                 with contextlib.suppress(VirtioError), self._lease.borrow(deadline_in(_CLOSE_S)):
-                    for _, slot in self._later:
-                        self.queue.again(slot)  # an orphan like the others
-                    self.queue.kick()  # so that what was submitted comes back one day
-                    self.budget.in_flight -= self.queue.abandon(self.owner)
+                    pass  # which does it
             self._controller.return_lease(self._lease)
 
     # How they are done.
@@ -475,10 +476,17 @@ class Channel(Submitter):
         spin = _SPIN_NS[self.wait]
         if not spin or self._lease.told:
             return False
-        state = self.attempt(template, offset, buffer, nbytes, min(spin, _SPIN_NS["adaptive"]))
-        if state:
-            return state > 0
-        said = self._wait_for_answer()
+        try:
+            state = self.attempt(template, offset, buffer, nbytes, min(spin, _SPIN_NS["adaptive"]))
+            if state:
+                return state > 0
+            said = self._wait_for_answer()
+        except BaseException as cause:
+            self.give_up()
+            late = self._lease.late
+            if isinstance(cause, RequestTimeout) and self.queue.orphans and late is not None:
+                late(self._lease)
+            raise
         if isinstance(said, bool):
             return True
         error = self._disk.explain(said, offset, template.transfer)
@@ -496,18 +504,17 @@ class Channel(Submitter):
     def _wait_for_answer(self) -> Finished | bool:
         """Of what `attempt` has begun."""
         deadline = deadline_in(self.timeout)
+        slept = bool(self.queue.awaited)
         try:
             while not (said := self.answer()):
                 self._lease.check_deadline(deadline, self.queue.in_flight)
                 if self.wait != "poll" and self.arm():
                     self._lease.doze(deadline)
             return said
-        except BaseException as error:
-            self.give_up()
-            late = self._lease.late
-            if isinstance(error, RequestTimeout) and self.queue.orphans and late is not None:
-                late(self._lease)
-            raise
+        finally:
+            if slept:  # somebody, whose answers and wake-up were taken
+                self.queue.woken = True
+                self._wake()
 
     def _batch(
         self,
@@ -574,7 +581,7 @@ class Channel(Submitter):
             )
         else:
             total = -(-nbytes // part) * len(offsets)
-            with self._bouncing():
+            with self._bouncing:
                 scratch = self._bounce(part, min(total, limits.depth, self._lease.queue.slots))
                 task = Task(
                     template,
@@ -591,16 +598,6 @@ class Channel(Submitter):
                 )
                 return self._run(task, raising=raising)
         return self._run(task, raising=raising)
-
-    @contextlib.contextmanager
-    def _bouncing(self) -> Iterator[None]:
-        """Have the bounce buffer to oneself, until its bytes are where they are to be."""
-        if not self._scratch_lock.acquire(blocking=False):
-            raise ChannelInUse("another thread is inside a call on this channel: open one in each thread")
-        try:
-            yield
-        finally:
-            self._scratch_lock.release()
 
     def _bounce(self, part: int, cells: int) -> Buffer:
         """A buffer of up to so many cells of `part` bytes, kept for the next call."""

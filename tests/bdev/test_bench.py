@@ -79,8 +79,8 @@ def test_who_follows_is_told_of_the_ramp_too_and_of_the_last_moment(bdev):
     job = bench.Job(runtime=0.5, ramp=1.2, iodepth=1, rate_iops=500)
     (result,) = bench.run_jobs(bdev, job, progress=lambda *what: told.append(what))
     assert result.requests <= 251
-    assert len(told) == 2 and all(rate > 0 for _, rate in told)
-    assert told[0][0] >= 1.0 and told[1][0] >= 1.7
+    assert len(told) >= 2 and all(rate > 0 for _, rate in told)
+    assert told[0][0] >= 1.0 and told[-1][0] >= 1.5
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""Who may use a request queue, and how to wait for it: one thread at a time, every wait bounded."""
+"""Who may use a request queue, and how to wait for it: one thread at a time, every wait bounded.
+
+Compiled, as no signal handler runs between two steps of compiled code: Ctrl-C leaves no lock taken.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from virtio.errors import (
     ClosedError,
     DeviceError,
     ProtocolError,
+    QueueFullError,
     RequestError,
     RequestTimeout,
     TransportError,
@@ -135,6 +139,19 @@ class Life:
         if self.error is not None:
             raise type(self.error)(*self.error.args) from None
 
+    def signal(self, fd: int) -> None:
+        """Signal an eventfd of the device's, in any thread, if it is there yet: else the number may be
+        another file's."""
+        with self._lock:
+            if self.error is None:
+                eventfd.signal(fd)
+
+    def drain(self, fd: int) -> None:
+        """Take what was signalled, in the same way."""
+        with self._lock:
+            if self.error is None:
+                eventfd.drain(fd)
+
     def wait(self, seconds: float) -> None:
         """Wait so long, or until this life ends; then raise what ended it."""
         end = time.monotonic() + seconds
@@ -174,6 +191,21 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
+class Sole:
+    """For a `with` block that one thread at a time may be inside; ChannelInUse, so worded, for others."""
+
+    def __init__(self, words: str) -> None:
+        self._words = words
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise ChannelInUse(self._words)
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.release()
+
+
 class Lease:
     """A request queue in the hands of one caller at a time. Closes `completion_fd`'s owner not.
 
@@ -197,6 +229,14 @@ class Lease:
         life.adopt(queue)
         if not self.told:
             queue.wake_by(completion_fd, life.fd)
+
+    def wake(self) -> None:
+        """Wake up who sleeps on the completion descriptor; from any thread."""
+        self.life.signal(self.completion_fd)
+
+    def drain(self) -> None:
+        """Take what was signalled on the completion descriptor."""
+        self.life.drain(self.completion_fd)
 
     def __enter__(self) -> Lease:
         self.life.check()
@@ -231,6 +271,8 @@ class Lease:
                     self.queue.taken = False
                     raise ChannelInUse(_IN_USE)
                 time.sleep(0)
+        if self.queue.renounced:
+            self.queue.settle_renounced()
 
     def wait_turn(self, deadline: int | None) -> None:
         """Wait for whoever has borrowed the queue; ChannelInUse if a caller has it, or RequestTimeout."""
@@ -269,7 +311,7 @@ class Lease:
         try:
             self.queue.taken = False
             if self.queue.awaited:  # by somebody whose wake-up we may have taken
-                eventfd.signal(self.completion_fd)
+                self.wake()
         finally:
             self._lock.release()
 
@@ -280,20 +322,22 @@ class Lease:
         """
         with self._gate:
             self._pausing = True
-        self.queue.pause(True)
-        eventfd.signal(self.completion_fd)  # who sleeps wakes up and sees
-        while not self._lock.acquire(timeout=_PARK_S):
-            with self._gate:
-                if self._parked:  # it keeps the lock: nobody else may have the queue amid its call
-                    return
-            if deadline is not None and time.monotonic_ns() >= deadline:
-                self._go_on()
-                raise RequestTimeout(f"a call on a queue of {self.life.name} does not pause")
         try:
-            self._enter(deadline)
-        except ChannelInUse:
+            self.queue.pause(True)
+            self.wake()  # who sleeps wakes up and sees
+            while not self._lock.acquire(timeout=_PARK_S):
+                with self._gate:
+                    if self._parked:  # it keeps the lock: nobody else may have the queue amid its call
+                        return
+                if deadline is not None and time.monotonic_ns() >= deadline:
+                    raise RequestTimeout(f"a call on a queue of {self.life.name} does not pause")
+            try:
+                self._enter(deadline)
+            except BaseException:
+                self._lock.release()
+                raise
+        except BaseException:
             self._go_on()
-            self._lock.release()
             raise
 
     def resume(self) -> None:
@@ -311,16 +355,26 @@ class Lease:
             self._gate.notify_all()
 
     def _park(self) -> None:
-        """Amid a call: let somebody have the queue who wants it paused."""
+        """Amid a call: let somebody have the queue who wants it paused. Ctrl-C waits until he is done."""
+        interrupt = None
         with self._gate:
             self._parked = True
             while self._pausing:
-                self._gate.wait()
+                try:
+                    self._gate.wait()
+                except BaseException as error:
+                    interrupt = error
             self._parked = False
+        if interrupt is not None:
+            raise interrupt
 
     def retire(self) -> None:
         """Wait until no call is inside, and let none in any more; the life must have ended."""
-        if not self._lock.acquire(timeout=_RETIRE_S):
+        end = time.monotonic() + _RETIRE_S
+        came_back = self._lock.acquire(timeout=_RETIRE_S)
+        while self.queue.entered and time.monotonic() < end:  # by who holds no lock
+            time.sleep(0)
+        if not came_back or self.queue.entered:
             raise RequestTimeout("a call on this queue did not come back at the end of its device")
 
     def forget(self) -> None:
@@ -405,6 +459,11 @@ class Lease:
                     deadline = watch()
                 if pause is not None and not task.active:
                     self._check_limit(deadline, task)
+                if self.queue.clogged:
+                    raise QueueFullError(
+                        f"all {self.queue.slots} slots of this queue of {self.life.name} hold answers to "
+                        "requests that were submitted one by one: `poll` for them first"
+                    )
                 self.check_deadline(deadline, self.queue.in_flight)
                 if reason == IDLE and not swept:  # which may have made room
                     self.sleep(_earlier(_earlier(deadline, pause), task.pause()))

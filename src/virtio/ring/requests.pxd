@@ -22,6 +22,8 @@ cdef class RequestQueue(Slots):
                       uint64_t token, uint32_t owner=*, kept=*, uint64_t began=*) except -1
     cpdef _lose_orphan(self, uint32_t slot)
     cpdef _let_go(self, uint32_t slot)
+    cpdef drop(self, uint32_t slot)
+    cpdef settle_renounced(self)
     cdef void _orphan(self, uint32_t slot) noexcept nogil
     @cython.locals(slot=uint32_t, record=size_t)
     cpdef bint forsake(self, uint32_t owner, uint64_t token) noexcept

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from virtio.ring.buffer import Buffer
+    from virtio.ring.submit import Budget
 
 
 class Finished(NamedTuple):
@@ -104,12 +105,16 @@ class RequestQueue(Slots):
         channel (owner 0), which come back without a result: nobody knows what became of them. What it
         had used before is not lost.
         """
-        back = [load_u16(self._early, 2 * i) for i in range(self._early_count)]
+        before = [load_u16(self._early, 2 * i) for i in range(self._early_count)]
+        found = []
         while (head := self._reap()) >= 0:
-            back.insert(0, head)  # the oldest is taken from the end
-        self._early_count = len(back)
-        for i, head in enumerate(back):
-            store_u16(self._early, 2 * i, head)
+            found.append(head)
+        found.reverse()  # the oldest is taken from the end
+        self._early_count = 0
+        for head in found + before:
+            store_u16(self._early, 2 * self._early_count, head)
+            self._early_count += 1
+        back = {*found, *before}
         self.ring.rewind()
         self.broken = False
         for slot in range(self.slots):
@@ -184,6 +189,11 @@ class RequestQueue(Slots):
                 self._put_ended(slot)
         return finished
 
+    @property
+    def clogged(self) -> bool:
+        """Whether all slots are those of requests that are back, and that nobody has polled for."""
+        return bool(self._ended_count == self.slots > 0)
+
     def sweep(self) -> bool:
         """Let go of the orphans that were found to be back; whether there were any. Never blocks."""
         before = self.orphans
@@ -225,7 +235,8 @@ class RequestQueue(Slots):
     def abandon(self, owner: int, kept: Kept | None = None) -> int:
         """Make orphans of all single requests of an owner, who wants no answers any more.
 
-        How many there were. Those that are in flight use `kept`, which counts them, or what they had.
+        How many there were. Those that are in flight use `kept`, which counts them, or what they had; those
+        that are back are over, also if they were to be sent again.
         """
         count = 0
         for _ in range(self._ended_count):
@@ -245,7 +256,29 @@ class RequestQueue(Slots):
                     self._kept[slot] = kept
                     kept.count += 1
                 count += 1
+            elif mine and owner and load_u32(self._records, record + STATE) == ENDED:
+                self.drop(slot)
+                count += 1
         return count
+
+    def drop(self, slot: int) -> None:
+        """Nobody wants what a request that is back, and handed out, has brought."""
+        self._release(slot)
+        self._let_go(slot)
+
+    def renounce(self, owner: int, budget: Budget) -> None:
+        """Have all single requests of an owner abandoned, off his budget: before anything else that is done
+        with this queue. From the owner's thread, at any time, whoever has the queue."""
+        self._renounced.append((owner, budget))
+        self.renounced = True
+
+    def settle_renounced(self) -> None:
+        """Do what `renounce` asked for; for who has the queue."""
+        self.renounced = False
+        while self._renounced:
+            owner, budget = self._renounced.pop()
+            budget.in_flight -= self.abandon(owner)
+        self.kick()  # what was never shown to the device would never come back
 
     def forsake(self, owner: int, token: int) -> bool:
         """Make an orphan of one single request; false if it is not in flight."""

@@ -44,8 +44,9 @@ cdef class Slots:
     cdef readonly uint32_t slots, segments, orphans, orphan_changes
     cdef readonly uint64_t segment_bytes
     cdef readonly bint indirect, packed
-    cdef public bint broken, taken, entered, awaited, woken
-    cdef list _kept
+    cdef public bint broken, taken, entered, woken, renounced
+    cdef public uint32_t awaited
+    cdef list _kept, _renounced
     cdef object _buffer, _layout, _region_view, _table_array
     cdef object _records_owner, _free_array, _faults_array, _ended_array, _early_array, _stop_owner
     cdef Doorbell _doorbell

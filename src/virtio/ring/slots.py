@@ -100,6 +100,7 @@ if TYPE_CHECKING:
     from virtio.ring.layout import Layout
     from virtio.ring.region import Mapping
     from virtio.ring.requests import Kept
+    from virtio.ring.submit import Budget
 else:
     from cython import final  # such a method is called directly, not through a table
 
@@ -132,8 +133,9 @@ class Slots:
     here, also what only `RequestQueue` does something with.
 
     `taken` says that somebody has the queue for a call, `entered` that somebody submits or polls,
-    `awaited` that somebody sleeps on the completion descriptor between calls, and `woken` that he was
-    woken up for something that is not a completion, and is to look at everything once more.
+    `awaited` who sleeps on the completion descriptor between calls, 0 for nobody, `woken` that he was
+    woken up for something that is not a completion, and is to look at everything once more, and
+    `renounced` that there is something for `settle_renounced` to do.
     """
 
     def __init__(
@@ -168,7 +170,9 @@ class Slots:
         self.indirect = indirect
         self.orphans = self.orphan_changes = 0
         self.broken = False
-        self.taken = self.entered = self.awaited = self.woken = False
+        self.taken = self.entered = self.woken = self.renounced = False
+        self.awaited = 0
+        self._renounced: list[tuple[int, Budget]] = []  # owners
         self._doorbell = Doorbell()
         self.gathering = Gathering()
         self._wake_fd = self._end_fd = -1

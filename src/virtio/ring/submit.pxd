@@ -45,7 +45,8 @@ cdef class Submitter:
     @cython.locals(queue=RequestQueue, slot=uint32_t, whose=uint32_t)
     cpdef object answer(self)
     cpdef void credit(self, Template template, uint64_t nbytes, uint64_t began)
-    cpdef void give_up(self)
+    @cython.locals(queue=RequestQueue)
+    cpdef give_up(self)
     cpdef bint submit(self, Template template, int64_t offset, Buffer buffer, int64_t at, int64_t nbytes,
                       uint64_t token) except -1
     @cython.locals(sent=bint, began=uint64_t)
@@ -53,8 +54,12 @@ cdef class Submitter:
                     Buffer buffer) except -1
     cpdef bint submit_plain(self, Template template, int64_t offset, int64_t nbytes, int64_t most,
                             int64_t data, uint64_t token) except -1
+    cdef _settle_renounced(self)
     @cython.locals(found=bint)
     cpdef bint cancel(self, uint64_t token) except -1
+    @cython.locals(queue=RequestQueue, slot=uint32_t)
+    cdef bint _unsend(self, uint64_t token) except -1
+    cdef bint _judged(self, uint32_t slot, list completions) except -1
     cpdef list poll(self, int64_t limit=*)
     @cython.locals(queue=RequestQueue, completions=list, slot=uint32_t, whose=uint32_t, token=uint64_t,
                    now=uint64_t, full=bint, passed=bint)

@@ -110,6 +110,10 @@ class Submitter:
         """Send those requests again whose pause is over."""
         raise NotImplementedError
 
+    def _wake(self) -> None:
+        """Wake up who sleeps on the completion descriptor, if the device is there yet."""
+        raise NotImplementedError
+
     # The compiled calls. While one is under way, nobody else is inside a call on the queue.
 
     def _begin(self) -> int:
@@ -119,9 +123,18 @@ class Submitter:
                 self._turn()
             queue.entered = True  # first, and `taken` looked at second: a lease does it the other way round
             if not queue.taken:
+                if queue.renounced:
+                    self._settle_renounced()
                 return 0
             queue.entered = False
             self._turn()
+
+    def _settle_renounced(self) -> None:
+        try:
+            self.queue.settle_renounced()
+        except BaseException:
+            self.queue.entered = False
+            raise
 
     def submit_read(self, offset: int, into: Buffer, token: int, *, at: int = 0, nbytes: int = -1) -> bool:
         """Begin to read into a buffer of `Controller.buffer`, or a part of it; false: not now.
@@ -221,7 +234,7 @@ class Submitter:
         self._begin()
         try:
             if queue.awaited:
-                queue.awaited = False
+                queue.awaited = 0
                 queue.disarm()
             queue.kick()
             queue.look()
@@ -253,12 +266,15 @@ class Submitter:
             self.stats.count(template.kind, nbytes, began, ticks())
 
     def give_up(self) -> None:
-        """Wait no more for what `attempt` began, which may take effect yet; for `Channel` to call."""
-        self._begin()
-        self.queue.kick()
-        if self.queue.forsake(self.own, 0):
-            self.budget.in_flight -= 1
-        self.queue.entered = False
+        """Wait no more for what `attempt` may have begun, and which may take effect yet; for `Channel` to
+        call. Waits for nobody: if somebody has the queue, whoever is next sees to it."""
+        queue = self.queue
+        queue.renounce(self.own, self.budget)
+        if not queue.entered:
+            queue.entered = True
+            if not queue.taken:
+                self._settle_renounced()
+            queue.entered = False
 
     def submit_plain(
         self, template: Template, offset: int, nbytes: int, most: int, data: int, token: int
@@ -304,15 +320,26 @@ class Submitter:
         """Give up waiting for a request, which may still take effect; false if it is not in flight.
 
         Its buffer stays busy until the device has returned it, and what it writes gets no other write
-        before that.
+        before that. One that was to be sent again is not.
         """
         self._begin()
         self.queue.kick()
-        found = self.queue.forsake(self.owner, token)
+        found = self.queue.forsake(self.owner, token) or self._unsend(token)
         self.queue.entered = False
         if found:
             self.budget.in_flight -= 1
+            self._tries.pop(token, None)
         return found
+
+    def _unsend(self, token: int) -> bool:
+        queue = self.queue
+        for later in self._later:
+            slot = later[1]
+            if load_u64(queue._records, RECORD_BYTES * slot + TOKEN) == token:
+                self._later.remove(later)
+                queue.drop(slot)
+                return True
+        return False
 
     def poll(self, limit: int = 64) -> list[Completion]:
         """Show the device what was submitted, and hand out at most `limit` requests that are back.
@@ -328,12 +355,20 @@ class Submitter:
     def _poll(self, limit: int) -> list[Completion]:
         queue = self.queue
         if queue.awaited:
-            queue.awaited = False
+            if queue.awaited != self.owner:  # whose answers, and wake-up, may be taken here
+                queue.woken = True
+                self._wake()
+            queue.awaited = 0
             queue.disarm()
         queue.kick()
         queue.look()
         if queue.broken or load_acquire_u32(queue._stop, 0) or not self.geometry.online or self._pool is None:
-            self._alive()
+            try:
+                self._alive()
+            except BaseException:  # nobody will ask for what is back
+                self._later.clear()
+                self.budget.in_flight -= queue.abandon(self.owner)
+                raise
         if self._later:
             self._send_again()
         now = 0
@@ -360,7 +395,7 @@ class Submitter:
                     if self._tries:
                         self._tries.pop(token, None)
                     completions.append((token, None))
-                elif self._judge(slot, queue._report(slot)):
+                elif self._judged(slot, completions):
                     queue._release(slot)
                     queue._let_go(slot)
                     self.budget.in_flight -= 1
@@ -376,6 +411,14 @@ class Submitter:
                 queue._put_ended(slot)
                 passed = True
         return completions
+
+    def _judged(self, slot: int, completions: list[Completion]) -> bool:
+        try:
+            return self._judge(slot, self.queue._report(slot))
+        except BaseException:  # Ctrl-C: all are handed out next time
+            self._done.extendleft(reversed(completions))
+            self.queue._put_ended(slot)
+            raise
 
     def _count(self, slot: int, now: int) -> None:
         record = RECORD_BYTES * slot
@@ -394,6 +437,8 @@ class Submitter:
         self._begin()
         try:
             queue = self.queue
+            if queue.broken or load_acquire_u32(queue._stop, 0) or self._pool is None:
+                self._alive()
             queue.kick()
             self._drain()
             if queue.woken:
@@ -401,7 +446,7 @@ class Submitter:
                 return False
             if self._done or self._later or queue._ended_count or not queue.arm():
                 return False
-            queue.awaited = True
+            queue.awaited = self.owner
             return True
         finally:
             self.queue.entered = False
