@@ -3,7 +3,7 @@
     python verify_disk.py user:/run/disk.sock blk
 
 Every block holds its own number, so that a lost, misplaced or torn write is told from the others.
-All that the disk held is lost.
+All that the disk held is lost. The exit status is 1 if a block is bad, or if there is an error.
 """
 
 import random
@@ -12,7 +12,7 @@ import sys
 from array import array
 
 import virtio_bdev
-from virtio_bdev import Bdev, Channel, Controller, DevType
+from virtio_bdev import Bdev, Channel, Controller, DevType, VirtioError
 
 BLOCK = 4096
 AT_ONCE = 1024  # blocks of one batch
@@ -47,14 +47,27 @@ def verify(controller: Controller, bdev: Bdev, channel: Channel) -> int:
     return bad
 
 
-def main() -> None:
-    _, address, kind = sys.argv
-    dev_type: DevType = "blk" if kind == "blk" else "scsi"
+def verify_all(address: str, dev_type: DevType) -> int:
+    """The number of bad blocks of all disks."""
+    total = 0
     with virtio_bdev.attach(address, dev_type=dev_type) as controller:
         for bdev in controller.values():
             with bdev.open() as channel:
                 bad = verify(controller, bdev, channel)
             print(f"{bdev.name}: {bad} bad blocks of {bdev.size // BLOCK}")
+            total += bad
+    return total
+
+
+def main() -> None:
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    _, address, kind = sys.argv
+    try:
+        bad = verify_all(address, "blk" if kind == "blk" else "scsi")
+    except VirtioError as error:
+        sys.exit(f"verify_disk.py: {error}")
+    sys.exit(1 if bad else 0)
 
 
 if __name__ == "__main__":

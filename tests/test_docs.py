@@ -2,9 +2,10 @@
 
 In a console block a line after "$ " is a command, with more of it after "> "; what follows is what it
 prints, where "..." stands for anything. It must succeed, unless it is shown to say "virtio-bdev: ...".
-Commands of make are not run.
+Commands of make are not run. A python block whose first line is a comment with a file's name is that file.
 """
 
+import inspect
 import os
 import re
 import select
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+import virtio.target
+import virtio_bdev.aio
 from tests import needs
 from tests.cli.program import PROGRAM
 from tools import reference
@@ -108,6 +111,9 @@ def shell(tmp_path):
 def test_what_is_shown_can_be_done(document, shell, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for language, block in blocks(document):
+        if language == "python" and (file := re.match(r"# (\w+\.py)\n", block)):
+            (tmp_path / file[1]).write_text(block)
+            continue
         if language == "python":
             exec(compile(block, document.name, "exec"), {"__name__": "__main__"})
             continue
@@ -128,6 +134,39 @@ def test_the_options_of_a_dev_line_are_all_in_the_document():
 
 def test_the_reference_is_what_the_docstrings_say():
     assert reference.PAGE.read_text() == reference.page(), "make reference"
+
+
+def test_every_public_name_is_in_the_reference():
+    text = reference.PAGE.read_text()
+    names = [*virtio_bdev.__all__, *virtio_bdev.aio.__all__, *virtio.target.__all__]
+    names += ["Job", "Result", "verify"]  # of modules without a list
+    assert [name for name in names if not re.search(rf"^### {name}\b", text, re.MULTILINE)] == []
+
+
+def test_the_reference_has_fields_and_nothing_internal():
+    text = reference.PAGE.read_text()
+    assert "rw_mbytes_per_sec: int = 0  # MiB, as all of them" in text  # RateLimits
+    assert "before: int" in text  # Resized
+    internal = ["hold", "let_go", "put", "collect", "begin_next", "release", "zeros", "apply", "unmap_parts"]
+    assert [name for name in internal if f"def {name}(" in text] == []
+
+
+def test_the_signature_of_attach_is_in_the_tour():
+    signature = inspect.signature(virtio_bdev.attach)
+    bare = [one.replace(annotation=inspect.Parameter.empty) for one in signature.parameters.values()]
+    shown = inspect.Signature(bare)
+    assert f"`attach{shown}`" in (ROOT / "docs/api.md").read_text().replace('"', "'")
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    pages, seen = [ROOT / "README.md"], set()
+    while pages:
+        page = pages.pop()
+        if page not in seen and page.suffix == ".md":
+            seen.add(page)
+            links = re.findall(r"\]\(([\w./-]+)", page.read_text())
+            pages += [(page.parent / link).resolve() for link in links]
+    assert [page.name for page in (ROOT / "docs").glob("*.md") if page not in seen] == []
 
 
 def test_every_command_is_in_the_document():

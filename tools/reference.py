@@ -1,4 +1,8 @@
-"""Write docs/reference.md: every public name with its signature and docstring, out of the sources."""
+"""Write docs/reference.md: every public name with its signature, fields and docstring, out of the sources.
+
+Left out is what is public among our own modules only: names whose docstring says who else they are for ("for
+`Channel` to call"), and those of `_INTERNAL`.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +19,19 @@ HEAD = """\
 
 Every public name, out of its docstring: `make reference` writes this page. [api.md](api.md) is the tour.
 """
-_INTERNAL = re.compile(r"[;,] for `\w+` to call")  # public among our own modules only
 MODULES = {
     "virtio_bdev": "Block devices.",
     "virtio_bdev.aio": "The same for asyncio.",
+    "virtio_bdev.bench": "Measuring a disk.",
+    "virtio_bdev.verify": "Whether a disk keeps what it is given.",
     "virtio.target": "A vhost-user target of one's own.",
+}
+_BESIDE = {"virtio_bdev.bench": ["Histogram"]}  # what a module hands out, and another one defines
+_OTHERS = re.compile(r"\bfor (`\w+`|the \w+)\s+to\s+(call|use)\b|for this library's own use")
+_INTERNAL = {
+    "Buffer": ["hold", "let_go"],
+    "Histogram": ["add", "buckets", "clear", "record"],
+    "Job": ["load"],
 }
 
 
@@ -33,42 +45,56 @@ def page() -> str:
     for name, words in MODULES.items():
         module = loader.modules_collection[name]
         parts.append(f"## {name}\n\n{words}\n")
-        parts += [_member(member) for member in _public(module)]
+        parts += [_member(public, module.members[public]) for public in _public(module)]
     return "\n".join(parts)
 
 
-def _public(module: griffe.Object) -> list[griffe.Object]:
+def _public(module: griffe.Object) -> list[str]:
     """What a module offers: what it says itself, else what it defines and does not hide."""
     if module.exports is not None:
-        names = [str(name) for name in module.exports]
-    else:
-        names = [name for name, one in module.members.items() if one.is_public and not one.is_alias]
-    members = [module.members[name] for name in names]
-    found = [one.final_target if isinstance(one, griffe.Alias) else one for one in members]
-    return [one for one in found if isinstance(one, (griffe.Function, griffe.Class))]
+        return [str(name) for name in module.exports]
+    own = [name for name, one in module.members.items() if one.is_public and not one.is_alias]
+    return [*own, *_BESIDE.get(module.path, [])]
 
 
-def _member(member: griffe.Object) -> str:
+def _member(name: str, member: griffe.Object | griffe.Alias) -> str:
+    """A name as users have it, whatever it is called where it is defined."""
+    if isinstance(member, griffe.Alias):
+        member = member.final_target
     if isinstance(member, griffe.Function):
-        return f"### {member.name}\n\n{_signature(member)}\n{_words(member)}"
-    assert isinstance(member, griffe.Class)
+        return f"### {name}\n\n{_signature(member)}\n{_words(member)}"
+    if not isinstance(member, griffe.Class):  # a type with a short name
+        return f"### {name}\n\n{_code(member.source)}"
     bases = ", ".join(str(base) for base in member.bases)
-    text = f"### {member.name}{f' ({bases})' if bases else ''}\n\n{_words(member)}"
-    for name, one in {**member.members, **member.inherited_members}.items():
+    text = f"### {name}{f' ({bases})' if bases else ''}\n\n{_words(member)}"
+    members = {**member.members, **member.inherited_members}
+    public = {key: one for key, one in members.items() if not key.startswith("_")}
+    if fields := [one.source for one in public.values() if _is_field(one)]:
+        text += "\n" + _code("\n".join(fields))
+    for key, one in public.items():
         if isinstance(one, griffe.Alias):  # it is inherited
             one = one.final_target
-        if name.startswith("_") or _INTERNAL.search(_words(one)):
+        if key in _INTERNAL.get(name, []) or _OTHERS.search(_words(one)):
             continue
         if isinstance(one, griffe.Function):
             text += f"\n{_signature(one)}\n{_words(one)}"
-        elif isinstance(one, griffe.Attribute) and ("property" in one.labels or one.docstring):
-            text += f"\n`{name}: {one.annotation}`\n\n{_words(one)}".rstrip("\n") + "\n"
+        elif isinstance(one, griffe.Attribute) and "property" in one.labels:
+            text += f"\n`{key}: {one.annotation}`\n\n{_words(one)}".rstrip("\n") + "\n"
     return text
+
+
+def _is_field(member: griffe.Object | griffe.Alias) -> bool:
+    """Whether it is declared in the body of its class, as those of a record are."""
+    is_attribute = isinstance(member, griffe.Attribute) and "property" not in member.labels
+    return is_attribute and not member.source.startswith("self.")
 
 
 def _signature(function: griffe.Function) -> str:
     line = f"{'async def' if 'async' in function.labels else 'def'} {function.signature()}"
-    text = "\n".join(textwrap.wrap(line, 100, subsequent_indent="    ", break_long_words=False))
+    return _code("\n".join(textwrap.wrap(line, 100, subsequent_indent="    ", break_long_words=False)))
+
+
+def _code(text: str) -> str:
     return f"```py\n{text}\n```\n"
 
 

@@ -6,6 +6,7 @@ with virtio_bdev.attach("user:/run/vhost.0", dev_type="blk") as controller:
             print(bdev.name, channel.read(0, 512))
 """
 
+from virtio.device.disk import Limits
 from virtio.device.probe import Reply as ScsiReply
 from virtio.errors import (
     ChannelInUse,
@@ -22,10 +23,10 @@ from virtio.errors import (
 )
 from virtio.ring.buffer import Buffer
 from virtio_bdev.bdev import Bdev
-from virtio_bdev.channel import Batch, Channel
+from virtio_bdev.channel import Batch, Channel, Wait
 from virtio_bdev.events import Added, Event, Events, Lost, Removed, Resized
 from virtio_bdev.qos import RateLimits
-from virtio_bdev.registry import Controller, DevType, attach
+from virtio_bdev.registry import Controller, DevType, Rings, attach
 from virtio_bdev.stats import IoCounts, IoStats
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "Events",
     "IoCounts",
     "IoStats",
+    "Limits",
     "Lost",
     "NoQueueError",
     "ProtocolError",
@@ -53,8 +55,10 @@ __all__ = [
     "RequestError",
     "RequestTimeout",
     "Resized",
+    "Rings",
     "ScsiReply",
     "TransportError",
     "VirtioError",
+    "Wait",
     "attach",
 ]

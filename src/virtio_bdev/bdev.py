@@ -26,9 +26,10 @@ _UUIDS = uuid.UUID("5b9d0d4e-6d0c-5b0a-9b60-0d6b1a8f2f11")  # of this library, f
 class Bdev:
     """One disk of a controller: what it is, and channels to it.
 
-    `size` and `block_size` are in bytes; every offset and length is a multiple of `block_size`. The
-    size may change, see `Controller.events`. `uuid` is made from the disk's own name where that is
-    unique (NAA, EUI-64 or UUID), else from the controller's address and the disk's place there.
+    `controller` has it under its `name`. `size` and `block_size` are in bytes; every offset and length is a
+    multiple of `block_size`. The size may change, see `Controller.events`. `uuid` is made from the disk's
+    own name where that is unique (NAA, EUI-64 or UUID), else from the controller's address and the disk's
+    place there.
     """
 
     def __init__(self, controller: Controller, disk: Disk, name: str) -> None:
@@ -47,7 +48,7 @@ class Bdev:
 
     @property
     def disk(self) -> Disk:
-        """The disk as its device has described it last."""
+        """The disk as its device has described it last; for `Channel` to use."""
         return self._disk
 
     @disk.setter
@@ -70,7 +71,7 @@ class Bdev:
     def stats(self) -> IoStats:
         """What its requests came to, since it was attached or `reset_stats` was called.
 
-        All that went through channels, but for loads of `bench`, which measure for themselves.
+        All that went through channels, loads of `bench` too.
         """
         return self._account.stats()
 

@@ -390,7 +390,7 @@ class Channel(Submitter):
         self._lease.drain()
 
     def apply(self, load: Load, depth: int) -> None:
-        """Put a load on the disk, `depth` requests in flight, until it ends; for `bench`.
+        """Put a load on the disk, `depth` requests in flight, until it ends; for `bench` to call.
 
         It writes random bytes. The first error of the device ends it, and is raised when all requests are
         back; the channel's time-out is for each answer, not for the whole. A load that is stopped waits a

@@ -80,7 +80,7 @@ class Events(Iterator[Event]):
         return event
 
     def put(self, event: Event) -> None:
-        """For the controller to call."""
+        """One more; for the controller to call."""
         with self._changed:
             if len(self._pending) < _PENDING:
                 self._pending.append(event)
@@ -90,7 +90,7 @@ class Events(Iterator[Event]):
         self.wake()
 
     def end(self) -> None:
-        """There will be none any more; idempotent."""
+        """There will be none any more; idempotent; for the controller to call."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()

@@ -14,7 +14,7 @@ from virtio.device.base import MAX_TRANSFER, Device, bring_up, weakly
 from virtio.device.blk import BlkDevice
 from virtio.device.dialogue import execute
 from virtio.device.disk import Disk
-from virtio.device.probe import Reply
+from virtio.device.probe import Reply as ScsiReply
 from virtio.device.scsi import ScsiDevice
 from virtio.errors import ClosedError, NoQueueError, RequestError, VirtioError
 from virtio.ring.buffer import Buffer
@@ -65,6 +65,8 @@ _names = _Names()
 
 class Controller(Mapping[str, Bdev]):
     """An attached device: its disks by name, in the order of target and LUN.
+
+    `name` and `address` are those of `attach`, `dev_type` is "scsi" or "blk".
 
     Owns the device; `close` takes it down, and a controller dropped without it warns. Threads may
     share it; channels are each thread's own.
@@ -152,7 +154,7 @@ class Controller(Mapping[str, Bdev]):
         *,
         nbytes: int = 0,
         timeout: float | None = 30.0,
-    ) -> Reply:
+    ) -> ScsiReply:
         """Send a SCSI command as it is to a unit, attached or not, and return the answer as it is.
 
         `cdb` has up to 32 bytes. `data` goes to the device, or at most `nbytes` come from it: up to
@@ -188,7 +190,7 @@ class Controller(Mapping[str, Bdev]):
         return self.device.pool.take(nbytes)
 
     def zeros(self, nbytes: int) -> int:
-        """Where in the pool so many zeros are, for as long as the controller lives."""
+        """Where in the pool so many zeros are, for as long as the controller lives; for `Channel` to call."""
         with self._lock:
             if nbytes not in self._zeros:
                 self._zeros[nbytes] = self.device.pool.take(nbytes)

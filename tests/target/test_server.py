@@ -217,6 +217,13 @@ def test_features_can_be_left_out(start):
     check(target.path, extensions=0)
 
 
+def test_one_feature_left_out_takes_no_other_along():
+    """The device's own bits are low ones: those of the rings, high above them, stay."""
+    features, extensions = offers("blk", ["FLUSH", "CONFIG"])
+    assert features == ~(1 << 9)  # FLUSH
+    assert extensions == ~(1 << 9)  # CONFIG
+
+
 def test_the_negotiation_itself_can_be_left_out():
     features, _ = offers("blk", ["PROTOCOL_FEATURES"])
     assert not features & fe.PROTOCOL_FEATURES

@@ -29,13 +29,14 @@ class Limits(NamedTuple):
     depth: int = 1 << 16
 
     def unmap_head(self, offset: int, nbytes: int) -> int:
-        """How much of a long unmap comes first, so that the parts that follow cut no granule in two."""
+        """How much of a long unmap comes first, so that the parts that follow cut no granule in two;
+        for `Channel` to call."""
         granule = self.unmap_alignment
         odd = (offset - self.unmap_start) % granule if granule and nbytes > self.max_unmap else 0
         return min(granule - odd, self.max_unmap) if odd else 0
 
     def unmap_parts(self, offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
-        """Offset and length of each request of a long unmap."""
+        """Offset and length of each request of a long unmap; for `Channel` to call."""
         end = offset + nbytes
         size = self.unmap_head(offset, nbytes) or self.max_unmap
         while offset < end:

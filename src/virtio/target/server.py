@@ -38,10 +38,10 @@ def run(
 ) -> None:
     """Serve the disks on the socket `path` until SIGINT or SIGTERM; call from the main thread.
 
-    Prints "ready: PATH" when front ends can connect. `disks` are as `parse_disk` has them, for
+    Prints "ready: PATH" when front ends can connect. `disks` are each a SPEC of docs/cli.md, for
     scsi perhaps behind "TARGET:LUN="; `queues` counts request queues. `packed` offers packed rings;
     `without` names features not to offer. When `lifeline`, a descriptor, is at its end, that ends the
-    target too. `control` is the path of another socket, for JSON-RPC: see `virtio.target.control`.
+    target too. `control` is the path of another socket, for JSON-RPC: see docs/cli.md.
     """
     device = make_device(dev_type, disks, queues, largest=None if control is None else LARGEST)
     features, extensions = offers(dev_type, without)
@@ -100,7 +100,7 @@ def offers(dev_type: str, without: Iterable[str]) -> tuple[int, int]:
     named = {**Feature.__members__, **kind.__members__, "PROTOCOL_FEATURES": PROTOCOL_FEATURES}
     features = extensions = ~0
     for name in without:
-        feature, extension = named.get(name, 0), ProtocolFeature.__members__.get(name, 0)
+        feature, extension = int(named.get(name, 0)), int(ProtocolFeature.__members__.get(name, 0))
         if not feature and not extension:
             raise RequestError(f"{name!r} is not the name of a {dev_type} or vhost-user feature")
         features &= ~feature

@@ -1,4 +1,4 @@
-"""The same block devices for asyncio: the same names, awaited.
+"""The same block devices for asyncio: the calls that move data, awaited.
 
     async with await aio.attach("user:/run/vhost.0", dev_type="blk") as controller:
         async with controller["VirtioBlk0"].open() as channel:
@@ -82,7 +82,10 @@ def _in_thread(function: Callable[[], T]) -> asyncio.Future[T]:
 
 
 class Controller(Mapping[str, "Bdev"]):
-    """An attached device: its disks by name; an asynchronous context manager."""
+    """An attached device: its disks by name; an asynchronous context manager.
+
+    `blocking` is the `virtio_bdev.Controller` that it drives, for what there is no awaited call for.
+    """
 
     def __init__(self, inner: registry.Controller) -> None:
         self.blocking = inner
@@ -154,7 +157,7 @@ class Controller(Mapping[str, "Bdev"]):
 
 
 class Bdev:
-    """A named block device; what it is, is as in `virtio_bdev.Bdev`."""
+    """A named block device; what it is, is as in `virtio_bdev.Bdev`, which `blocking` is."""
 
     def __init__(self, controller: Controller, inner: blocking.Bdev) -> None:
         self.controller, self.blocking = controller, inner

@@ -158,7 +158,7 @@ class Channel:
         )
 
     def release(self) -> None:
-        """Close at once: calls under way raise ClosedError; idempotent."""
+        """Close at once; idempotent; for the reactor to call."""
         if self.inner.closed:
             return
         self.end(ClosedError(f"this channel of {self.bdev.name} was closed"))
@@ -171,7 +171,7 @@ class Channel:
         self.inner.close()
 
     async def close(self) -> None:
-        """Close; idempotent."""
+        """Close: calls under way raise ClosedError; idempotent."""
         self.release()
 
     async def __aenter__(self) -> Channel:
@@ -304,7 +304,7 @@ class Channel:
     # What the reactor and the timer do.
 
     def collect(self) -> bool:
-        """Let those go on whose requests are back; whether there were any."""
+        """Let those go on whose requests are back; whether there were any; for the reactor to call."""
         done = self.inner.poll(_POLL_AT_ONCE)
         for token, error in done:
             call = self._calls.pop(token, None)
@@ -316,7 +316,9 @@ class Channel:
         return bool(done)
 
     def begin_next(self) -> bool:
-        """Begin the call that has waited longest; false if there is none, or no room for it."""
+        """Begin the call that has waited longest; false if there is none, or no room for it; for the reactor
+        to call.
+        """
         while self.waiting and self.waiting[0].future.done():
             self.waiting.popleft()
         if not self.waiting:
@@ -332,7 +334,7 @@ class Channel:
         return True
 
     def end(self, error: VirtioError) -> None:
-        """Let all calls raise this, now and from now on."""
+        """Let all calls raise this, now and from now on; for the reactor to call."""
         self._error = self._error or error
         for call in [*self._calls.values(), *self.waiting]:
             if not call.future.done():
