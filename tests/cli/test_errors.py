@@ -289,12 +289,12 @@ CASES = [
     Case(
         "scsi taken for blk",
         on_disk("ram:1M", "list", dev_type="scsi", attach_as="blk"),
-        "looks like virtio-scsi; add --dev-type scsi",
+        "is a virtio-scsi device by .*, not virtio-blk: dev_type scsi .*; as virtio-blk it fails: ",
     ),
     Case(
         "blk taken for scsi",
         on_disk("ram:1M", "list", attach_as="scsi"),
-        "it offers SIZE_MAX, SEG_MAX, .*FLUSH.*: looks like virtio-blk; add --dev-type blk",
+        r"user:.* is a virtio-blk device by what it offers, .*: dev_type blk \(`--dev-type blk`, ",
     ),
     Case(
         "several disks, none named",

@@ -36,7 +36,6 @@ from .disk import Disk
 
 log = logging.getLogger("virtio.device")
 
-DEVICE_BITS = 0xFFFFFF  # feature bits whose meaning the device type decides (6)
 QUEUE_SIZE = 256
 SMALL_QUEUE_SIZE = 128  # where the usual size is refused
 POOL_BYTES = 64 << 20  # what is not touched costs nothing; SPDK's target fails with small regions
