@@ -400,11 +400,14 @@ class Channel(Submitter):
                 f"requests of {load.nbytes} bytes: {name} takes at most {limits.max_transfer} in one"
             )
         most = min(limits.depth, self._lease.queue.slots)
-        if not 1 <= depth <= most:
-            queues = len(self._controller.device.leases)
+        if depth < 1:
+            raise RequestError(f"{depth} requests in flight, want 1 to {most}")
+        if depth > most:
+            device = self._controller.device
+            alone = min(device.depth_on(1), self._lease.queue.slots)
             raise RequestError(
                 f"{depth} requests in flight, want 1 to {most}: more than {name} takes on each of "
-                f"{queues} queues"
+                f"{len(device.leases)} queues" + (f"; with one queue {alone}" if alone > most else "")
             )
         mixed = 0 < load.reads < 100
         with self._cells(load.nbytes, 2 * depth if mixed else depth) as cells:

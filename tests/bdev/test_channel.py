@@ -20,6 +20,7 @@ from virtio.errors import (
     TransportError,
 )
 from virtio.target import serve
+from virtio_bdev.bench import Job
 
 viewable = pytest.mark.skipif(
     INTERPRETED and sys.version_info < (3, 12),
@@ -200,6 +201,20 @@ def test_batch_items_larger_than_a_request_are_split(channel, controller):
     image = controller.image.read_bytes()
     assert image[: 3 << 20] == data[: 3 << 20]
     assert image[8 << 20 : 11 << 20] == data[3 << 20 :]
+
+
+def test_a_depth_that_one_queue_would_take_is_said():
+    with serve("scsi", "ram:1M", queues=2) as target:
+        with virtio_bdev.attach(target.address, queues=2) as controller:
+            bdev = controller["VirtioScsi0t0"]
+            with bdev.open() as channel, pytest.raises(RequestError) as refused:
+                channel.apply(Job().load(bdev), 256)
+        with virtio_bdev.attach(target.address, queues=1) as controller:
+            alone = controller["VirtioScsi0t0"].limits.depth
+            with controller["VirtioScsi0t0"].open() as channel:
+                with pytest.raises(RequestError, match="takes on each of 1 queues$"):
+                    channel.apply(Job().load(channel.bdev), 256)
+    assert str(refused.value).endswith(f"takes on each of 2 queues; with one queue {alone}")
 
 
 def test_an_empty_batch_is_done(channel):

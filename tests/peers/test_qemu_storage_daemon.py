@@ -806,7 +806,7 @@ def test_queues_of_any_number_and_size_move_the_right_bytes(daemon, image, queue
 
 def test_of_a_disk_with_one_queue_there_is_one_to_have(serve, image):
     daemon = serve(file_node(image), queues=1)
-    with pytest.raises(NoQueueError, match="has 1 request queues, 2 are wanted"):
+    with pytest.raises(NoQueueError, match="has 1 request queue; 2 are wanted"):
         attach(daemon, queues=2)
     with attach(daemon, queues=4, at_least=1) as controller:
         assert len(controller.device.leases) == 1

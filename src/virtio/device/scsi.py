@@ -108,13 +108,13 @@ class ScsiDevice(Device):
         return lease
 
     def _wants_spare(self, count: int) -> bool:
-        return self.transport.max_queues is not None and self.config.cmd_per_lun > count
+        known = self.transport.max_queues is not None
+        return known and self.available > count and self.config.cmd_per_lun > count
 
-    @property
-    def _depth(self) -> int:
-        """Requests of one unit in each queue of the callers': the driver's own command is one more."""
-        total = self.config.cmd_per_lun - (self.spare is not None)
-        return max(1, total // len(self.leases))
+    def depth_on(self, queues: int) -> int:
+        """What a unit takes of all queues is shared by them: the driver's own command is one more."""
+        total = self.config.cmd_per_lun - self._wants_spare(queues)
+        return max(1, total // queues)
 
     def close(self) -> None:
         with contextlib.ExitStack() as steps:
@@ -190,7 +190,8 @@ class ScsiDevice(Device):
             self._disks.pop(at, None)
         elif unit != before or at not in self._disks:
             doubted = functools.partial(weakly(self._doubted), at)
-            self._disks[at] = make_disk(target, unit, self.config, self._depth, self.most_bytes, doubted)
+            depth = self.depth_on(len(self.leases))
+            self._disks[at] = make_disk(target, unit, self.config, depth, self.most_bytes, doubted)
 
     def _known(self, target: int) -> list[int]:
         return [lun for number, lun in self.units if number == target]
