@@ -171,6 +171,32 @@ def test_unfit_memory_is_refused(channel):
     for offsets in (array("I", [0, 512]), array("d", [0.0, 512.0]), square):
         with pytest.raises(RequestError, match="64-bit"):
             channel.read_batch(offsets, 512, bytearray(1024))
+    with pytest.raises(RequestError, match=r'offsets: want 64-bit .* such as array\("Q", offsets\)'):
+        channel.read_batch([0, 512], 512, bytearray(1024))
+    with pytest.raises(RequestError, match=r"offsets are not contiguous \(a slice with a step\?\)"):
+        channel.read_batch(memoryview(array("Q", range(0, 2048, 512)))[::2], 512, bytearray(1024))
+
+
+@pytest.mark.parametrize("wrong", ["0", 0.0, None])
+def test_what_is_no_whole_number_is_refused(channel, wrong):
+    for call in (
+        lambda: channel.read(wrong, 512),
+        lambda: channel.readinto(wrong, bytearray(512)),
+        lambda: channel.write(wrong, bytes(512)),
+        lambda: channel.unmap(wrong, 512),
+    ):
+        with pytest.raises(RequestError, match=f"offset {wrong!r}, want a whole number"):
+            call()
+    with pytest.raises(RequestError, match=f"length {wrong!r}, want a whole number"):
+        channel.read(0, wrong)
+
+
+def test_whatever_has_an_index_is_a_whole_number(bdev):
+    class Whole:
+        def __index__(self):
+            return 512
+
+    bdev.check(Whole(), Whole())
 
 
 @pytest.mark.parametrize("in_place", [True, False])

@@ -302,7 +302,7 @@ CASES = [
         r"has 2 disks: name one with --bdev \(VirtioScsi0t0, VirtioScsi0t1\)",
     ),
     Case("a read off the grid", on_disk("ram:1M", "read", "--length", 100), "not on the 512-byte grid"),
-    Case("a read past the end", on_disk("ram:1M", "read", "--offset", "2M"), "do not lie within the 1048576"),
+    Case("a read past the end", on_disk("ram:1M", "read", "--offset", "2M"), "past the end of VirtioBlk0"),
     Case("a write off the grid", on_disk("ram:1M", "write"), "--pad zeros fills the last one up", stdin=b"x"),
     Case("a write past the end", on_disk("ram:1k", "write"), "do not lie within the 1024", stdin=bytes(4096)),
     Case("a read-only disk", on_disk("ram:1M,ro", "write"), "VirtioBlk0 is read-only", stdin=bytes(512)),

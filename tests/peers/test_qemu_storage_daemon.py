@@ -480,8 +480,8 @@ def test_what_lies_past_the_end_or_off_the_grid_is_refused(channel, daemon, imag
 def test_the_program_refuses_them_in_one_line(daemon, image, folder):
     before = sha256(image)
     for options, words in (
-        (("--offset", 33 * MIB), "do not lie within"),
-        (("--offset", 33 * MIB, "--length", 512), "do not lie within"),
+        (("--offset", 33 * MIB), "is past the end of VirtioBlk0"),
+        (("--offset", 31 * MIB, "--length", 2 * MIB), "do not lie within"),
         (("--offset", 1), "not on the 512-byte grid"),
         (("--length", 1000), "not on the 512-byte grid"),
         (("--bdev", "Other"), "VirtioBlk0"),
