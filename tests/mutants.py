@@ -749,8 +749,8 @@ MUTANTS = [
         "BLK-9",
         f"{BLOCK}::test_random_ranges_never_leave_the_disk_or_the_grid",
         BDEV,
-        "        if offset % self.block_size or nbytes % self.block_size:\n",
-        "        if offset % self.block_size:\n",
+        "            odd = (offset | nbytes) & (self.block_size - 1)",
+        "            odd = offset & (self.block_size - 1)",
     ),
     Mutant(
         "BLK-10",
@@ -807,8 +807,8 @@ MUTANTS = [
         "SCS-2",
         f"{UNITS}::test_a_unit_never_has_more_commands_than_cmd_per_lun",
         SCSI,
-        "        total = self.config.cmd_per_lun - (self.spare is not None)\n",
-        "        total = self.config.cmd_per_lun + len(self.leases)\n",
+        "        total = self.config.cmd_per_lun - self._wants_spare(queues)\n",
+        "        total = self.config.cmd_per_lun + queues\n",
     ),
     Mutant(
         "SCS-3",

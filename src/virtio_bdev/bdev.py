@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import operator
 import uuid
 import weakref
 from array import array
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from virtio.errors import ReadOnlyError, RequestError, TransportError
 from virtio.ring.submit import Budget, Geometry
@@ -179,11 +180,16 @@ class Bdev:
         """Raise RequestError unless this range could be read, or ReadOnlyError for a write."""
         if write and self.read_only:
             raise ReadOnlyError(f"{self.name} is read-only")
+        try:
+            odd = (offset | nbytes) & (self.block_size - 1)  # a float has no such operation either
+        except TypeError:
+            self.check(_whole("offset", offset), _whole("length", nbytes), write=write)
+            return
         if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
             raise RequestError(
                 f"{nbytes} bytes at {offset} do not lie within the {self.size} bytes of {self.name}"
             )
-        if offset % self.block_size or nbytes % self.block_size:
+        if odd:
             raise RequestError(
                 f"{nbytes} bytes at {offset} are not on the {self.block_size}-byte grid of {self.name}"
             )
@@ -251,6 +257,13 @@ _IO_TYPES = (
     "nvme_nssr",
     "write_uncorrectable",
 )
+
+
+def _whole(name: str, number: SupportsIndex) -> int:
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise RequestError(f"{name} {number!r}, want a whole number") from None
 
 
 def human(nbytes: int) -> str:

@@ -235,6 +235,10 @@ class Channel(Submitter):
         old, new = flat(expected), flat(data)
         self._check(offset, new.nbytes, write=True)
         most = self._disk.limits.max_compare_and_write
+        if not most:
+            raise RequestError(
+                f"{self.bdev.name} has no compare and write (virtio-scsi alone has, and not every disk there)"
+            )
         if old.nbytes != new.nbytes or not 0 < new.nbytes <= most:
             raise RequestError(
                 f"{old.nbytes} bytes to compare and {new.nbytes} to write: {self.bdev.name} takes "
@@ -403,11 +407,14 @@ class Channel(Submitter):
                 f"requests of {load.nbytes} bytes: {name} takes at most {limits.max_transfer} in one"
             )
         most = min(limits.depth, self._lease.queue.slots)
-        if not 1 <= depth <= most:
-            queues = len(self._controller.device.leases)
+        if depth < 1:
+            raise RequestError(f"{depth} requests in flight, want 1 to {most}")
+        if depth > most:
+            device = self._controller.device
+            alone = min(device.depth_on(1), self._lease.queue.slots)
             raise RequestError(
                 f"{depth} requests in flight, want 1 to {most}: more than {name} takes on each of "
-                f"{queues} queues"
+                f"{len(device.leases)} queues" + (f"; with one queue {alone}" if alone > most else "")
             )
         mixed = 0 < load.reads < 100
         with self._cells(load.nbytes, 2 * depth if mixed else depth) as cells:
@@ -525,13 +532,20 @@ class Channel(Submitter):
         *,
         write: bool,
     ) -> Batch:
-        where = memoryview(offsets)
+        try:
+            where = memoryview(offsets)
+        except TypeError:
+            raise RequestError(
+                'offsets: want 64-bit integers in a buffer, such as array("Q", offsets)'
+            ) from None
         integers = where.format.lstrip("@=<") in _OFFSETS and where.itemsize == 8
-        if not integers or where.ndim != 1 or not where.c_contiguous:
+        if not integers or where.ndim != 1:
             raise RequestError(
                 f"offsets of format {where.format!r}, {where.itemsize} bytes, in {where.ndim} dimensions: "
-                'want contiguous 64-bit integers, such as array("Q")'
+                'want 64-bit integers, such as array("Q")'
             )
+        if not where.c_contiguous:
+            raise RequestError("offsets are not contiguous (a slice with a step?)")
         view = flat(user, writable=not write)
         self._check(0, nbytes, write=write)
         if nbytes == 0 and len(where):

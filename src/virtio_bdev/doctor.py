@@ -6,20 +6,23 @@ import contextlib
 import errno
 import os
 import resource
-import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
+from virtio.device.kinds import looks_like
+from virtio.errors import VirtioError
 from virtio.ring.region import HUGE_PAGE
 from virtio.transport import sysfs
+from virtio.transport.session import Session
 from virtio.transport.sysfs import UIO, VFIO, PciFunction
 from virtio.transport.vfio import CONTAINER, LEAST_POOL, may_lock
+from virtio.wire.vhost_user import Request, decode_u64
 
 State: TypeAlias = Literal["ok", "could", "no"]
 
-_CONNECT_S = 1.0
+_ANSWER_S = 5.0  # as `attach` waits unless it is told otherwise
 
 
 class Finding(NamedTuple):
@@ -65,25 +68,31 @@ def _descriptors() -> Finding:
 
 
 def _socket(path: str) -> Finding:
-    """Whether somebody listens on a vhost-user socket who lets us in."""
+    """Whether a vhost-user back end answers there. It is asked for its features, which changes nothing."""
     subject = f"user:{path}"
     try:
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             return Finding(subject, "no", "is no socket")
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(_CONNECT_S)
-            sock.connect(path)
-    except TimeoutError:
-        return Finding(subject, "no", "takes no connection: somebody else may be connected")
+        session = Session(path, _ANSWER_S)
     except OSError as error:
         mends = {
+            errno.EAGAIN: "end the front end that is connected, if there is one",
             errno.ENOENT: "start the back end, or correct the path",
             errno.EACCES: f"chown {os.geteuid()} {path}; its folders must be open to you too",
             errno.ECONNREFUSED: f"nobody listens: start the back end (rm {path}, if that is in its way)",
             errno.ENAMETOOLONG: "a socket's path has 107 bytes at most",
         }
-        return Finding(subject, "no", error.strerror or str(error), mends.get(error.errno or 0, ""))
-    return Finding(subject, "ok", "somebody takes connections")
+        code = error.errno or 0
+        words = "takes no connection" if code == errno.EAGAIN else os.strerror(code)
+        return Finding(subject, "no", words, mends.get(code, ""))
+    with contextlib.closing(session):
+        try:
+            kind = looks_like(session.ask(Request.GET_FEATURES, decode_u64))
+        except VirtioError as error:
+            words = getattr(error, "strerror", None) or str(error)
+            return Finding(subject, "no", f"does not answer as a vhost-user back end: {words}")
+    by = f", virtio-{kind} by what it offers" if kind else ""
+    return Finding(subject, "ok", f"a vhost-user back end{by}")
 
 
 def _huge_pages(root: Path) -> Finding:
@@ -92,12 +101,11 @@ def _huge_pages(root: Path) -> Finding:
         total, free = (int((pages / name).read_text()) for name in ("nr_hugepages", "free_hugepages"))
     except (OSError, ValueError):
         return Finding("huge pages", "could", f"the kernel has none of {HUGE_PAGE >> 20} MiB")
-    words = f"{free} of {total} of {HUGE_PAGE >> 20} MiB are free; a controller takes up to 32"
+    words = f"{free} of {total} of {HUGE_PAGE >> 20} MiB are free; a controller takes up to 32 of them"
     if free < 32:
         mend = f"sysctl vm.nr_hugepages={total - free + 64}   (as root)"
-        return Finding(
-            "huge pages", "could", f"{words}, or ordinary pages (without an IOMMU, none else will do)", mend
-        )
+        words += ", and ordinary pages where there are none; a PCI device without an IOMMU needs them"
+        return Finding("huge pages", "could", words, mend)
     return Finding("huge pages", "ok", words)
 
 

@@ -216,13 +216,18 @@ class Controller(Mapping[str, Bdev]):
             lease, channels = self._leases.get(thread, (None, 0))
             if lease is None:
                 if not self._free:
-                    raise NoQueueError(
-                        f"{self.name} has {len(self.device.leases)} queues, and as many threads "
-                        "have channels open: close some, or attach with more queues"
-                    )
+                    raise self._no_queue()
                 lease = self._free.pop()
             self._leases[thread] = lease, channels + 1
             return lease
+
+    def _no_queue(self) -> NoQueueError:
+        queues, most = len(self.device.leases), self.device.available
+        words = f"{self.name} has {queues} queue{'s' * (queues > 1)}, each with channels of another thread"
+        if most > queues:
+            more = f"attach with up to {most} (queues={most}, --queues {most})"
+            return NoQueueError(f"{words}: close some, or {more}")
+        return NoQueueError(f"{words}: close some, as its device has no more queues")
 
     def return_lease(self, lease: Lease) -> None:
         """One channel less on a lease; for `Channel` to call, also amid a garbage collection."""
@@ -257,7 +262,11 @@ class Controller(Mapping[str, Bdev]):
                 _names.give_back(self.name)
 
     def __getitem__(self, name: str) -> Bdev:
-        return self._bdevs[name]
+        try:
+            return self._bdevs[name]
+        except KeyError:
+            names = ", ".join(self) or "none"
+            raise KeyError(f"{self.name} has no disk {name!r}; it has: {names}") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(tuple(self._bdevs))

@@ -20,6 +20,7 @@ from virtio.errors import (
     TransportError,
 )
 from virtio.target import serve
+from virtio_bdev.bench import Job
 
 viewable = pytest.mark.skipif(
     INTERPRETED and sys.version_info < (3, 12),
@@ -170,6 +171,32 @@ def test_unfit_memory_is_refused(channel):
     for offsets in (array("I", [0, 512]), array("d", [0.0, 512.0]), square):
         with pytest.raises(RequestError, match="64-bit"):
             channel.read_batch(offsets, 512, bytearray(1024))
+    with pytest.raises(RequestError, match=r'offsets: want 64-bit .* such as array\("Q", offsets\)'):
+        channel.read_batch([0, 512], 512, bytearray(1024))
+    with pytest.raises(RequestError, match=r"offsets are not contiguous \(a slice with a step\?\)"):
+        channel.read_batch(memoryview(array("Q", range(0, 2048, 512)))[::2], 512, bytearray(1024))
+
+
+@pytest.mark.parametrize("wrong", ["0", 0.0, None])
+def test_what_is_no_whole_number_is_refused(channel, wrong):
+    for call in (
+        lambda: channel.read(wrong, 512),
+        lambda: channel.readinto(wrong, bytearray(512)),
+        lambda: channel.write(wrong, bytes(512)),
+        lambda: channel.unmap(wrong, 512),
+    ):
+        with pytest.raises(RequestError, match=f"offset {wrong!r}, want a whole number"):
+            call()
+    with pytest.raises(RequestError, match=f"length {wrong!r}, want a whole number"):
+        channel.read(0, wrong)
+
+
+def test_whatever_has_an_index_is_a_whole_number(bdev):
+    class Whole:
+        def __index__(self):
+            return 512
+
+    bdev.check(Whole(), Whole())
 
 
 @pytest.mark.parametrize("in_place", [True, False])
@@ -200,6 +227,20 @@ def test_batch_items_larger_than_a_request_are_split(channel, controller):
     image = controller.image.read_bytes()
     assert image[: 3 << 20] == data[: 3 << 20]
     assert image[8 << 20 : 11 << 20] == data[3 << 20 :]
+
+
+def test_a_depth_that_one_queue_would_take_is_said():
+    with serve("scsi", "ram:1M", queues=2) as target:
+        with virtio_bdev.attach(target.address, queues=2) as controller:
+            bdev = controller["VirtioScsi0t0"]
+            with bdev.open() as channel, pytest.raises(RequestError) as refused:
+                channel.apply(Job().load(bdev), 256)
+        with virtio_bdev.attach(target.address, queues=1) as controller:
+            alone = controller["VirtioScsi0t0"].limits.depth
+            with controller["VirtioScsi0t0"].open() as channel:
+                with pytest.raises(RequestError, match="takes on each of 1 queues$"):
+                    channel.apply(Job().load(channel.bdev), 256)
+    assert str(refused.value).endswith(f"takes on each of 2 queues; with one queue {alone}")
 
 
 def test_an_empty_batch_is_done(channel):

@@ -1,8 +1,10 @@
 """What `doctor` finds out about a machine: on folders that look like one, and on this one."""
 
+import contextlib
 import os
 import resource
 import socket
+import threading
 
 import pytest
 
@@ -65,6 +67,7 @@ def test_few_huge_pages_are_told_with_how_many_there_should_be(machine):
     (machine / "sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").write_text("3\n")
     finding = found(machine)["huge pages"]
     assert finding.state == "could" and finding.mend.startswith("sysctl vm.nr_hugepages=125")
+    assert "takes up to 32 of them, and ordinary pages where there are none" in finding.words
 
 
 def test_a_small_memlock_limit_is_told(machine, monkeypatch):
@@ -88,9 +91,58 @@ def test_a_device_that_could_be_bound_or_is_missing(machine):
     assert "pci:0000:00:04.0" not in now
 
 
+@pytest.mark.parametrize("kind", ["blk", "scsi"])
+def test_a_back_end_is_told_with_its_kind(tmp_path, kind):
+    with serve(kind, ram="1M") as target:
+        finding = found(tmp_path, target.address)[target.address]
+    assert finding.state == "ok" and f"virtio-{kind} by what it offers" in finding.words
+
+
+@pytest.mark.parametrize(
+    "answer, words",
+    [
+        (b'{"jsonrpc": "2.0"}', "GET_FEATURES badly"),
+        (b"", "closed the conn"),
+        (None, "did not answer GET_FEATURES"),
+    ],
+)
+def test_a_socket_of_something_else_cannot_be_attached(tmp_path, monkeypatch, answer, words):
+    monkeypatch.setattr(doctor, "_ANSWER_S", 0.1 if answer is None else 10.0)
+    path = tmp_path / "other"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def reply():
+            with listener.accept()[0] as connection:
+                connection.recv(4096)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=(lambda: None) if answer is None else reply)
+        thread.start()
+        finding = found(tmp_path, f"user:{path}")[f"user:{path}"]
+        thread.join()
+    assert finding.state == "no" and finding.words.startswith("does not answer as a vhost-user back end: ")
+    assert words in finding.words
+
+
+def test_a_socket_that_takes_no_more_connections(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "_ANSWER_S", 0.1)
+    path = str(tmp_path / "full")
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(path)
+        listener.listen(0)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
+                waiting.setblocking(False)
+                waiting.connect(path)
+        finding = found(tmp_path, f"user:{path}")[f"user:{path}"]
+    assert finding[1:3] == ("no", "takes no connection")
+
+
 def test_sockets(tmp_path):
-    with serve("blk", ram="1M") as target:
-        assert found(tmp_path, target.address)[target.address].state == "ok"
     dead = tmp_path / "dead"
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(dead))

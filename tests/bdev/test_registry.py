@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import threading
 import warnings
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 import virtio_bdev
 from tests.leaks import open_fds
-from virtio.errors import ClosedError, NoQueueError, RequestError, TransportError
+from virtio.errors import ClosedError, NoQueueError, RequestError, TransportError, VirtioError
 from virtio.target import serve
 
 DATA = Path(__file__).parent.parent / "data"
@@ -90,10 +91,45 @@ def test_queues_are_as_many_as_asked_or_cores_or_an_error():
                 target.address, dev_type="blk", queues=queues, at_least=least
             ) as controller:
                 assert len(controller.device.leases) == want
-        with pytest.raises(NoQueueError, match="has 3 request queues, 4 are wanted"):
+        with pytest.raises(NoQueueError, match="has 3 request queues; 4 are wanted: ask for 3 .*at_least=3"):
             virtio_bdev.attach(target.address, dev_type="blk", queues=4)
         with virtio_bdev.attach(target.address, dev_type="blk"):  # and nothing was left behind
             pass
+
+
+def test_a_queue_too_many_says_how_many_there_could_be():
+    with serve("blk", ram="1M", queues=3) as target:
+        for queues, words in [
+            (1, r"^VirtioBlk0 has 1 queue, .* or attach with up to 3 \(queues=3, --queues 3\)$"),
+            (
+                3,
+                "^VirtioBlk0 has 3 queues, each .*: close some, as its device has no more queues$",
+            ),
+        ]:
+            with virtio_bdev.attach(target.address, dev_type="blk", queues=queues) as controller:
+                controller._free.clear()  # as if threads had them all
+                with pytest.raises(NoQueueError, match=words):
+                    controller["VirtioBlk0"].open()
+
+
+@pytest.mark.parametrize("kind, other", [("blk", "scsi"), ("scsi", "blk")])
+def test_a_device_taken_for_the_other_kind_is_said_to_be_what_it_is(kind, other):
+    with serve(kind, "ram:1M") as target:
+        words = (
+            f"{target.address} is a virtio-{kind} device by what it offers, not virtio-{other}: "
+            f'dev_type {kind} (`--dev-type {kind}`, `dev_type="{kind}"`, '
+            f"or the word {kind} in a configuration file)"
+        )
+        with pytest.raises(VirtioError, match=re.escape(words)):
+            virtio_bdev.attach(target.address, dev_type=other)
+        virtio_bdev.attach(target.address, dev_type=kind).close()
+
+
+def test_a_name_that_no_disk_has_is_told_with_those_that_there_are(target):
+    with virtio_bdev.attach(target.address) as controller:
+        with pytest.raises(KeyError, match="VirtioScsi0 has no disk 'VirtioBlk9'; it has: VirtioScsi0t0, Vi"):
+            controller["VirtioBlk9"]
+        assert "VirtioBlk9" not in controller and controller.get("VirtioBlk9") is None
 
 
 @pytest.mark.parametrize(

@@ -58,11 +58,11 @@ def test_a_file_is_made_or_overwritten(arguments, tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--offset", "2M"], "0 bytes at 2097152 do not lie within the 1048576 bytes"),
+        (["--offset", "2M"], "--offset 2097152 is past the end of VirtioBlk0, 1048576 bytes"),
         (["--length", "2M"], "2097152 bytes at 0 do not lie within the 1048576 bytes"),
         (["--offset", "100", "--length", "512"], "not on the 512-byte grid"),
         (["--length", "100"], "not on the 512-byte grid"),
-        (["--offset", "99999999999T"], "do not lie within"),
+        (["--offset", "99999999999T"], "is past the end of VirtioBlk0"),
     ],
 )
 def test_a_wrong_range_is_refused_before_the_file_is_touched(arguments, tmp_path, options, words):

@@ -32,16 +32,20 @@ def test_a_second_target_at_the_same_place_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
+        ([], "Missing option '--disk'"),
         (["--disk", "tape:1"], "want ram:SIZE or file:PATH"),
+        (["--disk", "ram:1Z"], "disk 'ram:1Z': size '1Z', want a number"),
         (["--disk", "ram:1M,bs=100"], "block size 100"),
         (["--disk", "ram:1M", "--disk", "ram:1M", "--dev-type", "blk"], "2 disks, a blk target has one"),
-        (["--disk", "file:/nowhere/at/all"], "No such file or directory"),
+        (["--disk", "300:0=ram:1M"], "300:0 for '300:0=ram:1M', want up to 255:16383"),
     ],
 )
-def test_what_cannot_be_served_is_one_line(tmp_path, options, words):
+def test_disks_that_cannot_be_are_wrong_usage(tmp_path, options, words):
     done = run("target", tmp_path / "s", *options)
-    assert done.returncode == 1 and words in done.stderr.decode() and done.stderr.count(b"\n") == 1
+    assert done.returncode == 2 and words in done.stderr.decode() and done.stderr.startswith(b"Usage: ")
 
 
-def test_without_disks_it_is_wrong_usage(tmp_path):
-    assert run("target", tmp_path / "s").returncode == 2
+def test_a_file_that_is_not_there_is_one_line(tmp_path):
+    done = run("target", tmp_path / "s", "--disk", f"file:{tmp_path}/none")
+    assert done.returncode == 1 and done.stderr.count(b"\n") == 1
+    assert b"/none: No such file or directory" in done.stderr

@@ -480,8 +480,8 @@ def test_what_lies_past_the_end_or_off_the_grid_is_refused(channel, daemon, imag
 def test_the_program_refuses_them_in_one_line(daemon, image, folder):
     before = sha256(image)
     for options, words in (
-        (("--offset", 33 * MIB), "do not lie within"),
-        (("--offset", 33 * MIB, "--length", 512), "do not lie within"),
+        (("--offset", 33 * MIB), "is past the end of VirtioBlk0"),
+        (("--offset", 31 * MIB, "--length", 2 * MIB), "do not lie within"),
         (("--offset", 1), "not on the 512-byte grid"),
         (("--length", 1000), "not on the 512-byte grid"),
         (("--bdev", "Other"), "VirtioBlk0"),
@@ -806,7 +806,7 @@ def test_queues_of_any_number_and_size_move_the_right_bytes(daemon, image, queue
 
 def test_of_a_disk_with_one_queue_there_is_one_to_have(serve, image):
     daemon = serve(file_node(image), queues=1)
-    with pytest.raises(NoQueueError, match="has 1 request queues, 2 are wanted"):
+    with pytest.raises(NoQueueError, match="has 1 request queue; 2 are wanted"):
         attach(daemon, queues=2)
     with attach(daemon, queues=4, at_least=1) as controller:
         assert len(controller.device.leases) == 1

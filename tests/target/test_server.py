@@ -273,8 +273,8 @@ def test_the_socket_of_a_successor_is_left_alone(start):
         (["--disk=ram"], "want ram:SIZE or file:PATH"),
         (["--disk=file:/nonexistent"], "No such file or directory: '/nonexistent'"),
         (["--disk=ram:1M", "--queues=0"], "0 queues, want 1 to 254"),
-        (["--disk=256:0=ram:1M"], "256:0 for '256:0=ram:1M' is taken, or over 255:16383"),
-        (["--disk=1:1=ram:1M", "--disk=1:1=ram:1M"], "1:1 for"),
+        (["--disk=256:0=ram:1M"], "256:0 for '256:0=ram:1M', want up to 255:16383"),
+        (["--disk=1:1=ram:1M", "--disk=1:1=ram:1M"], "1:1 for '1:1=ram:1M' is taken by another disk"),
         (["--disk=ram:1M", "--without=SPEED"], "'SPEED' is not the name of a scsi"),
     ],
 )

@@ -36,7 +36,6 @@ from .disk import Disk
 
 log = logging.getLogger("virtio.device")
 
-DEVICE_BITS = 0xFFFFFF  # feature bits whose meaning the device type decides (6)
 QUEUE_SIZE = 256
 SMALL_QUEUE_SIZE = 128  # where the usual size is refused
 POOL_BYTES = 64 << 20  # what is not touched costs nothing; SPDK's target fails with small regions
@@ -109,8 +108,7 @@ class Device(ABC):
             self.features = negotiate(transport, self.FEATURES, self.WANTED, 0)
             self.queue_size = self._fitting(self.FIXED_QUEUES)
             self._configure()
-            available = self._available()
-            count = self._count(available, queues, at_least)
+            count = self._count(queues, at_least)
             self._region = transport.region(pool_bytes)
             self._mapping = transport.map(self._region)
             self._page = 1 << self._mapping.shift
@@ -123,7 +121,7 @@ class Device(ABC):
                     self._set_up_fixed(index)
                 for _ in range(count):
                     self.leases.append(self._set_up_requests(self.FIXED_QUEUES + len(self.leases)))
-                if available > count and self._wants_spare(count):
+                if self._wants_spare(count):
                     self.spare = self._set_up_requests(self.FIXED_QUEUES + count)
                 transport.start()
             except (TransportError, ProtocolError) as error:
@@ -156,24 +154,34 @@ class Device(ABC):
         """Whether requests use a table of descriptors, one head each."""
         return bool(self.features & Feature.INDIRECT_DESC)
 
-    def _available(self) -> int:
-        """How many request queues there are."""
+    @property
+    def available(self) -> int:
+        """How many request queues there are to be had."""
         available = self.num_queues
         if self.transport.max_queues is not None:
             available = min(available, self.transport.max_queues - self.FIXED_QUEUES)
-        return min(available, _MAX_RINGS - self.FIXED_QUEUES)
+        return max(0, min(available, _MAX_RINGS - self.FIXED_QUEUES))
 
-    def _count(self, available: int, queues: int | None, at_least: int | None) -> int:
+    def depth_on(self, queues: int) -> int:
+        """How many requests of one disk there may be in each of so many queues of the callers'."""
+        return self.queue_size
+
+    def _count(self, queues: int | None, at_least: int | None) -> int:
+        available = self.available
+        if not available:
+            raise NoQueueError(f"{self.transport.address} has no request queue")
         wanted = min(available, len(os.sched_getaffinity(0))) if queues is None else queues
         least = wanted if at_least is None else min(at_least, wanted)
-        if available < max(1, least):
+        if available < least:
             raise NoQueueError(
-                f"{self.transport.address} has {max(0, available)} request queues, {least} are wanted"
+                f"{self.transport.address} has {available} request queue{'s' * (available > 1)}; {least} are "
+                f"wanted: ask for {available} (queues={available}, --queues {available}), or for at least "
+                f"{available} (at_least={available}, --at-least {available})"
             )
         return min(wanted, available)
 
     def _wants_spare(self, count: int) -> bool:
-        """Whether a request queue of its own would serve the driver, beside the `count` of callers."""
+        """Whether there is a queue that would serve the driver itself, beside the `count` of callers."""
         return False
 
     def _limit_segments(self, segments: int, segment_bytes: int) -> None:

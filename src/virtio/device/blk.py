@@ -26,15 +26,14 @@ from virtio.wire.blk import (
     decode_id,
 )
 from virtio.wire.virtio import feature_names
-from virtio.wire.virtio_scsi import ScsiFeature
 
-from .base import DEVICE_BITS, Device, weakly
+from .base import Device, weakly
 from .disk import Disk, Limits
+from .kinds import DEVICE_BITS, looks_like, mistaken
 
 _HEADER = RequestHeader.FORMAT.size
 _RANGE = Range.FORMAT.size
 _SHIFT = 9  # bytes to sectors
-_SCSI_BITS = 0xF  # of the feature bits, those that virtio-scsi has
 _MAX_BLOCK = 1 << 20
 _MAX_BYTES = 2**63 - 1  # so that every offset is a signed 64-bit number
 _MAX_SECTORS = 0xFFFFFFFF  # in a Range
@@ -120,16 +119,12 @@ class BlkDevice(Device):
         self.chores.add("resize", self._resize)
 
     def _wondering(self, error: VirtioError) -> VirtioError:
-        """The error, or a better one where no feature speaks for virtio-blk."""
-        offered = self.transport.offered() & DEVICE_BITS
-        if offered & ~_SCSI_BITS:
+        """The error, and before it what is more likely where the device looks like virtio-scsi."""
+        if looks_like(self.transport.offered()) != "scsi":
             return error
-        names = ", ".join(feature_names(offered, ScsiFeature)) or "no feature of virtio-blk"
-        words = getattr(error, "strerror", None) or str(error)
+        words = getattr(error, "strerror", None) or str(error)  # said too: two of the bits could be ours
         return TransportError(
-            errno.ENODEV,
-            f"{self.transport.address} is no virtio-blk device ({words}); it offers {names}: looks like "
-            "virtio-scsi; add --dev-type scsi",
+            errno.ENODEV, f"{mistaken(self.transport.address, 'scsi')}; as virtio-blk it fails: {words}"
         )
 
     def _disk(self, serial: str) -> Disk:

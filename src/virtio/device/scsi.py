@@ -12,8 +12,6 @@ from virtio.errors import ProtocolError, RequestTimeout
 from virtio.ring.doorbell import Doorbell
 from virtio.ring.lease import Lease, deadline_in
 from virtio.transport.base import QueuePort
-from virtio.wire.blk import BlkFeature
-from virtio.wire.virtio import feature_names
 from virtio.wire.virtio_scsi import (
     CDB_SIZE,
     MAX_LUN,
@@ -29,10 +27,11 @@ from virtio.wire.virtio_scsi import (
     encode_lun,
 )
 
-from .base import DEVICE_BITS, MAX_TRANSFER, Device, weakly
+from .base import MAX_TRANSFER, Device, weakly
 from .dialogue import LAYOUT, Dialogue
 from .disk import Disk
 from .events import EventQueue, event_queue_bytes
+from .kinds import looks_like, mistaken
 from .probe import Conversation, T, Unit, list_units, probe_unit
 from .recovery import CONTROL_LAYOUT, manage, recover
 from .scsi_disk import block_size_problem, make_disk
@@ -42,7 +41,6 @@ log = logging.getLogger("virtio.scsi")
 
 _CONTROL, _EVENTS = 0, 1  # the queues before the request queues (5.6.2)
 _NO_PORT = QueuePort(Doorbell(), -1)
-_NOT_SCSI = DEVICE_BITS & ~0xF  # feature bits that virtio-scsi has no names for
 
 
 class ScsiDevice(Device):
@@ -72,9 +70,11 @@ class ScsiDevice(Device):
             self.config = ScsiConfig(num_queues=queues)
         config = self.config
         if (config.sense_size, config.cdb_size) != (SENSE_SIZE, CDB_SIZE):
+            if looks_like(transport.offered()) == "blk":
+                raise ProtocolError(mistaken(transport.address, "blk"))
             raise ProtocolError(
                 f"{transport.address} has sense_size {config.sense_size} and cdb_size "
-                f"{config.cdb_size} after a reset, want {SENSE_SIZE} and {CDB_SIZE}" + self._guess()
+                f"{config.cdb_size} after a reset, want {SENSE_SIZE} and {CDB_SIZE}"
             )
         # A unit takes so many commands over all queues: each queue needs one at least (5.6.4).
         self.num_queues = min(config.num_queues, max(1, config.cmd_per_lun))
@@ -82,14 +82,6 @@ class ScsiDevice(Device):
         self.units: dict[tuple[int, int], Unit] = {}
         self._disks: dict[tuple[int, int], Disk] = {}
         self._finding = threading.Lock()  # held while these two change
-
-    def _guess(self) -> str:
-        """What an error may add when the features are rather those of virtio-blk."""
-        offered = self.transport.offered() & DEVICE_BITS
-        if not offered & _NOT_SCSI:
-            return ""
-        names = ", ".join(feature_names(offered, BlkFeature))
-        return f"; it offers {names}: looks like virtio-blk; add --dev-type blk"
 
     # Queues.
 
@@ -116,13 +108,13 @@ class ScsiDevice(Device):
         return lease
 
     def _wants_spare(self, count: int) -> bool:
-        return self.transport.max_queues is not None and self.config.cmd_per_lun > count
+        known = self.transport.max_queues is not None
+        return known and self.available > count and self.config.cmd_per_lun > count
 
-    @property
-    def _depth(self) -> int:
-        """Requests of one unit in each queue of the callers': the driver's own command is one more."""
-        total = self.config.cmd_per_lun - (self.spare is not None)
-        return max(1, total // len(self.leases))
+    def depth_on(self, queues: int) -> int:
+        """What a unit takes of all queues is shared by them: the driver's own command is one more."""
+        total = self.config.cmd_per_lun - self._wants_spare(queues)
+        return max(1, total // queues)
 
     def close(self) -> None:
         with contextlib.ExitStack() as steps:
@@ -198,7 +190,8 @@ class ScsiDevice(Device):
             self._disks.pop(at, None)
         elif unit != before or at not in self._disks:
             doubted = functools.partial(weakly(self._doubted), at)
-            self._disks[at] = make_disk(target, unit, self.config, self._depth, self.most_bytes, doubted)
+            depth = self.depth_on(len(self.leases))
+            self._disks[at] = make_disk(target, unit, self.config, depth, self.most_bytes, doubted)
 
     def _known(self, target: int) -> list[int]:
         return [lun for number, lun in self.units if number == target]

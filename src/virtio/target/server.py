@@ -87,8 +87,10 @@ def make_device(
         match = re.match(r"(\d+):(\d+)=", disk)
         target = int(match[1]) if match else max(targets, default=-1) + 1
         lun = int(match[2]) if match else 0
-        if target > 255 or lun > 16383 or lun in targets.get(target, {}):
-            raise RequestError(f"{target}:{lun} for {disk!r} is taken, or over 255:16383")
+        if target > MAX_TARGET or lun > MAX_LUN:
+            raise RequestError(f"{target}:{lun} for {disk!r}, want up to {MAX_TARGET}:{MAX_LUN}")
+        if lun in targets.get(target, {}):
+            raise RequestError(f"{target}:{lun} for {disk!r} is taken by another disk")
         store = parse_disk(disk[match.end() :] if match else disk)
         targets.setdefault(target, {})[lun] = LogicalUnit(store)
     return ScsiDevice({target: Target(luns) for target, luns in targets.items()}, queues, largest=largest)

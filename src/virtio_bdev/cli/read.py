@@ -23,7 +23,9 @@ def command(spec: BdevSpec, disk: str | None, offset: int, length: int | None, o
         raise click.UsageError("standard output is a terminal: name a file with -o, or pipe it into xxd")
     with spec.attach() as controller:
         bdev = choose(controller, disk)
-        left = max(0, bdev.size - offset) if length is None else length
+        if offset > bdev.size:
+            raise click.ClickException(f"--offset {offset} is past the end of {bdev.name}, {bdev.size} bytes")
+        left = bdev.size - offset if length is None else length
         bdev.check(offset, left)
         with (
             opened(output or "-", write=True) as file,

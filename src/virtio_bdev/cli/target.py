@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from virtio import target
+from virtio.errors import RequestError
 from virtio_bdev.config import DEV_TYPES
 
 
@@ -40,4 +41,7 @@ def command(
 
     Prints "ready: SOCKET" once front ends can connect; SIGINT or SIGTERM ends it.
     """
-    target.run(socket, dev_type, list(disks), queues, packed=packed, control=control)
+    try:
+        target.run(socket, dev_type, list(disks), queues, packed=packed, control=control)
+    except RequestError as error:  # what was asked for cannot be served
+        raise click.UsageError(str(error)) from error
