@@ -148,8 +148,23 @@ def test_prometheus_can_ask_for_metrics(tmp_path, blk):
             lines = answer.read().decode().splitlines()
         assert 'virtio_bdev_size_bytes{bdev="VirtioBlk0"} 4.194304e+06' in lines
         assert 'virtio_bdev_requests_total{bdev="VirtioBlk0",operation="read"} 0.0' in lines
-        other = run("run", "--rpc-socket", tmp_path / "rpc.sock", "--metrics", port)
-        assert other.returncode == 1 and b"cannot serve metrics at 127.0.0.1" in other.stderr
         assert stop(process) == (0, b"")
-    bad = run("run", "--rpc-socket", tmp_path / "rpc.sock", "--metrics", "here")
-    assert bad.returncode == 1 and b"want PORT or HOST:PORT" in bad.stderr
+
+
+@pytest.mark.parametrize("address", ["foo", "99999"])
+def test_metrics_at_what_is_no_port_are_wrong_usage(tmp_path, address):
+    done = run("run", "--rpc-socket", tmp_path / "rpc.sock", "--metrics", address)
+    assert done.returncode == 2
+    assert f"{address!r}: want PORT or HOST:PORT, a port up to 65535" in done.stderr.decode()
+    assert not (tmp_path / "rpc.sock").exists()
+
+
+def test_metrics_at_a_port_in_use_are_an_error_that_leaves_no_rpc_socket(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = run("run", "--rpc-socket", tmp_path / "rpc.sock", "--metrics", port)
+    said = f"virtio-bdev: cannot serve metrics at 127.0.0.1:{port}: Address already in use [EADDRINUSE]\n"
+    assert (done.returncode, done.stdout, done.stderr.decode()) == (1, b"", said)
+    assert not (tmp_path / "rpc.sock").exists()
