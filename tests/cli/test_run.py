@@ -121,6 +121,19 @@ def test_the_service_manager_is_told(tmp_path):
             assert manager.recv(100) == b"STOPPING=1"
 
 
+@pytest.mark.parametrize("calls", [[], [{"method": "bdev_nvme_set_hotplug"}]])
+def test_a_file_of_spdks_without_a_device_is_an_error_unless_others_can_attach_some(tmp_path, calls):
+    text = json.dumps({"subsystems": [{"subsystem": "bdev", "config": calls}]})
+    path = config(tmp_path, text)
+    done = run("run", "--config", path)
+    assert (done.returncode, done.stdout) == (1, b"")
+    want = f"virtio-bdev: {path}: no device, want a bdev_virtio_attach_controller"
+    assert done.stderr.decode().splitlines()[-1] == want
+    with started("run", "--config", path, "--rpc-socket", tmp_path / "rpc.sock") as process:
+        lines_until(process, b"ready")
+        assert stop(process)[0] == 0
+
+
 def test_it_wants_something_to_do():
     done = run("run")
     assert done.returncode == 2 and b"want --config FILE, --rpc-socket PATH, or both" in done.stderr

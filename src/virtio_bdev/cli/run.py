@@ -47,6 +47,8 @@ def command(path: str | None, rpc_socket: str | None, metrics: tuple[str, int] |
     if wanted is not None and wanted.ignored:
         names = ", ".join(wanted.ignored)
         print(f"virtio-bdev: {path}: not for us, and skipped: {names}", file=sys.stderr)
+    if wanted is not None and not wanted.lines and rpc_socket is None:
+        raise click.ClickException(f"{path}: no device, want a bdev_virtio_attach_controller")
     from virtio_bdev.cli.daemon import Daemon  # which has the libraries that only a daemon needs
 
     Daemon(wanted, rpc_socket, metrics).hold()
