@@ -135,6 +135,12 @@ def test_a_living_daemon_keeps_its_socket_and_a_dead_one_leaves_it(tmp_path):
     assert not os.path.exists(path)
 
 
+def test_where_no_daemon_is_the_client_says_how_to_run_one(tmp_path):
+    done = run("rpc", "--rpc-socket", tmp_path / "none", "rpc_get_methods")
+    assert done.returncode == 1
+    assert b"is the daemon (`virtio-bdev run --rpc-socket PATH`) running, with this path?" in done.stderr
+
+
 def test_what_is_no_socket_stays(tmp_path):
     path = tmp_path / "file"
     path.write_text("precious")
