@@ -18,7 +18,7 @@ log = logging.getLogger("virtio.rpc")
 Call: TypeAlias = Callable[[str, Any], Awaitable[object]]
 
 _MAX_CLIENTS = 64
-_MAX_PENDING = 8  # requests of one client; before it sends more, it has to read answers
+_MAX_PENDING = 8  # messages of one client; it must read answers before more are read
 _MAX_BATCH = 256
 _READ_BYTES = 1 << 16
 _LEAVE_S = 1.0  # that a client has to read its last answers
