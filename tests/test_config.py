@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import json
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
@@ -165,6 +166,12 @@ def test_dev_pci_alone_is_all_devices_that_are_left_to_programs(parse, monkeypat
 def test_a_line_before_any_section_is_refused(parse):
     with pytest.raises(ConfigError, match="1: 'Dev': want a section first, such as"):
         parse("Dev User /x\n[Virtio]\n")
+
+
+def test_a_rate_limit_below_0_in_spdks_form_is_refused(parse):
+    call = {"method": "bdev_set_qos_limit", "params": {"name": "Fast0", "rw_ios_per_sec": -5}}
+    with pytest.raises(ConfigError, match="^bdev_set_qos_limit: rw_ios_per_sec -5, want a number from 0 to "):
+        parse(json.dumps({"subsystems": [{"subsystem": "bdev", "config": [call]}]}))
 
 
 def test_a_file_of_another_kind_is_not_read_to_its_end():

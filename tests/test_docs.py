@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import fields
 
 import virtio.target
 import virtio_bdev.aio
@@ -24,6 +25,7 @@ from tests.cli.program import PROGRAM
 from tools import reference
 from virtio_bdev.cli import _COMMANDS
 from virtio_bdev.config import options_table
+from virtio_bdev.rpc.methods import _METHODS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -130,6 +132,22 @@ def test_what_is_shown_can_be_done(document, shell, tmp_path, monkeypatch):
 
 def test_the_options_of_a_dev_line_are_all_in_the_document():
     assert options_table() in (ROOT / "docs/config.md").read_text()
+
+
+def test_every_rpc_method_is_in_the_document_with_its_parameters():
+    table = (ROOT / "docs/rpc.md").read_text().partition("| method | parameters |")[2].partition("\n\n")[0]
+    shown = {
+        name: parameters
+        for names, parameters in re.findall(r"^\| (`.*?`) \|(.*?)\|", table, re.MULTILINE)
+        for name in re.findall(r"\w+", names)
+    }
+    assert {name: re.findall(r"\w+", text.partition("[")[0]) for name, text in shown.items()} == {
+        name: [each.name for each in fields(method.parameters) if each.required]
+        for name, method in _METHODS.items()
+    }
+    assert {name: re.findall(r"\w+", text) for name, text in shown.items()} == {
+        name: [each.name for each in fields(method.parameters)] for name, method in _METHODS.items()
+    }
 
 
 def test_the_reference_is_what_the_docstrings_say():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -11,15 +10,12 @@ from virtio_bdev.bdev import Bdev
 
 
 class Endpoint:
-    """Answers HTTP requests for metrics at "HOST:PORT", or at "PORT" for this machine alone.
+    """Answers HTTP requests for metrics.
 
     `bdevs` is called for each request, in its thread.
     """
 
-    def __init__(self, address: str, bdevs: Callable[[], Iterable[Bdev]]) -> None:
-        match = re.fullmatch(r"(?:\[?([^\[\]]+)\]?:)?([0-9]{1,5})", address)
-        if match is None or not int(match[2]) < 1 << 16:
-            raise RequestError(f"address {address!r}, want PORT or HOST:PORT")
+    def __init__(self, host: str, port: int, bdevs: Callable[[], Iterable[Bdev]]) -> None:
         try:
             import prometheus_client
         except ImportError as error:
@@ -28,14 +24,11 @@ class Endpoint:
             ) from error
         registry = prometheus_client.CollectorRegistry()
         registry.register(_Collector(bdevs))  # type: ignore[arg-type, unused-ignore]
-        host = match[1] or "127.0.0.1"
         try:
-            self._server, self._thread = prometheus_client.start_http_server(
-                int(match[2]), host, registry=registry
-            )
+            self._server, self._thread = prometheus_client.start_http_server(port, host, registry=registry)
         except OSError as error:
             raise TransportError(
-                error.errno or 0, f"cannot serve metrics at {host}:{match[2]}: {error.strerror}"
+                error.errno or 0, f"cannot serve metrics at {host}:{port}: {error.strerror}"
             ) from error
         self.port = self._server.server_port
 

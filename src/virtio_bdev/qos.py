@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _BURST_S = 0.05  # how much may be saved up
 _LOOK_S = 0.1  # until who waits looks again: the limits may be others by then
 _MIB = 1 << 20
+_MOST = 10**12  # of any limit; IOPS that are rounded up to thousands are no more than that either
 
 
 class RateLimits(NamedTuple):
@@ -29,8 +30,8 @@ class RateLimits(NamedTuple):
     def check(self) -> None:
         """RequestError for what is no limit."""
         for name, value in self._asdict().items():
-            if not 0 <= value < 1 << 40:
-                raise RequestError(f"{name} {value}, want a number from 0 to {(1 << 40) - 1}")
+            if not 0 <= value <= _MOST:
+                raise RequestError(f"{name} {value}, want a number from 0 to {_MOST}")
 
 
 @dataclass(slots=True)

@@ -61,14 +61,17 @@ class SetQosLimit(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True
     w_mbytes_per_sec: int | None = None
 
     def limits(self, before: RateLimits) -> RateLimits:
-        """What the limits are then; IOPS are rounded up to thousands, as by SPDK. ValueError without any."""
+        """What the limits are then; IOPS are rounded up to thousands, as by SPDK.
+
+        ValueError without any, RequestError for what is none.
+        """
         given = {name: getattr(self, name) for name in RateLimits._fields}
         wanted = {name: value for name, value in given.items() if value is not None}
         if not wanted:
             raise ValueError(f"no limit, want at least one of {', '.join(RateLimits._fields)}")
-        if "rw_ios_per_sec" in wanted:
-            wanted["rw_ios_per_sec"] = -(-wanted["rw_ios_per_sec"] // _LEAST_IOS) * _LEAST_IOS
-        return before._replace(**wanted)
+        limits = before._replace(**wanted)
+        limits.check()  # before -5 is rounded up to 0, which is no limit
+        return limits._replace(rw_ios_per_sec=-(-limits.rw_ios_per_sec // _LEAST_IOS) * _LEAST_IOS)
 
 
 def attach_of(name: str, spec: BdevSpec) -> Attach:
@@ -134,7 +137,6 @@ def choose(path: str, subsystems: list[_Subsystem]) -> Config:
                     try:
                         params = msgspec.convert(call.params, SetQosLimit)
                         limits[params.name] = params.limits(limits.get(params.name, RateLimits()))
-                        limits[params.name].check()
                     except (ValueError, RequestError) as error:
                         raise ConfigError(f"{path}: {LIMIT}: {error}") from error
                 elif call.method not in _EMPTY:

@@ -121,6 +121,19 @@ def test_the_service_manager_is_told(tmp_path):
             assert manager.recv(100) == b"STOPPING=1"
 
 
+@pytest.mark.parametrize("calls", [[], [{"method": "bdev_nvme_set_hotplug"}]])
+def test_a_file_of_spdks_without_a_device_is_an_error_unless_others_can_attach_some(tmp_path, calls):
+    text = json.dumps({"subsystems": [{"subsystem": "bdev", "config": calls}]})
+    path = config(tmp_path, text)
+    done = run("run", "--config", path)
+    assert (done.returncode, done.stdout) == (1, b"")
+    want = f"virtio-bdev: {path}: no device, want a bdev_virtio_attach_controller"
+    assert done.stderr.decode().splitlines()[-1] == want
+    with started("run", "--config", path, "--rpc-socket", tmp_path / "rpc.sock") as process:
+        lines_until(process, b"ready")
+        assert stop(process)[0] == 0
+
+
 def test_it_wants_something_to_do():
     done = run("run")
     assert done.returncode == 2 and b"want --config FILE, --rpc-socket PATH, or both" in done.stderr
@@ -148,8 +161,23 @@ def test_prometheus_can_ask_for_metrics(tmp_path, blk):
             lines = answer.read().decode().splitlines()
         assert 'virtio_bdev_size_bytes{bdev="VirtioBlk0"} 4.194304e+06' in lines
         assert 'virtio_bdev_requests_total{bdev="VirtioBlk0",operation="read"} 0.0' in lines
-        other = run("run", "--rpc-socket", tmp_path / "rpc.sock", "--metrics", port)
-        assert other.returncode == 1 and b"cannot serve metrics at 127.0.0.1" in other.stderr
         assert stop(process) == (0, b"")
-    bad = run("run", "--rpc-socket", tmp_path / "rpc.sock", "--metrics", "here")
-    assert bad.returncode == 1 and b"want PORT or HOST:PORT" in bad.stderr
+
+
+@pytest.mark.parametrize("address", ["foo", "99999"])
+def test_metrics_at_what_is_no_port_are_wrong_usage(tmp_path, address):
+    done = run("run", "--rpc-socket", tmp_path / "rpc.sock", "--metrics", address)
+    assert done.returncode == 2
+    assert f"{address!r}: want PORT or HOST:PORT, a port up to 65535" in done.stderr.decode()
+    assert not (tmp_path / "rpc.sock").exists()
+
+
+def test_metrics_at_a_port_in_use_are_an_error_that_leaves_no_rpc_socket(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = run("run", "--rpc-socket", tmp_path / "rpc.sock", "--metrics", port)
+    said = f"virtio-bdev: cannot serve metrics at 127.0.0.1:{port}: Address already in use [EADDRINUSE]\n"
+    assert (done.returncode, done.stdout, done.stderr.decode()) == (1, b"", said)
+    assert not (tmp_path / "rpc.sock").exists()

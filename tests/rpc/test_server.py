@@ -64,6 +64,14 @@ def test_what_is_no_request_is_told_so(daemon, message):
         assert one["error"]["code"] == -32600
 
 
+def test_an_unknown_method_or_parameter_is_answered_by_what_there_is(daemon):
+    (method,) = answers(daemon, request(1, "nope"))
+    assert method["error"] == {"code": -32601, "message": "Method not found: rpc_get_methods lists them"}
+    (parameter,) = answers(daemon, request(1, "bdev_get_bdevs", uuid="x"))
+    assert parameter["error"]["code"] == -32603
+    assert parameter["error"]["message"].endswith("unknown field `uuid`: it takes name, timeout")
+
+
 def test_a_call_that_waits_holds_up_nobody_not_even_its_own_client(daemon):
     waiting = request(1, "bdev_get_bdevs", name="later", timeout=500)
     begun = time.monotonic()
@@ -133,6 +141,12 @@ def test_a_living_daemon_keeps_its_socket_and_a_dead_one_leaves_it(tmp_path):
             assert answers(path, request(1))[0]["id"] == 1
             assert stop(second) == (0, b"")
     assert not os.path.exists(path)
+
+
+def test_where_no_daemon_is_the_client_says_how_to_run_one(tmp_path):
+    done = run("rpc", "--rpc-socket", tmp_path / "none", "rpc_get_methods")
+    assert done.returncode == 1
+    assert b"is the daemon (`virtio-bdev run --rpc-socket PATH`) running, with this path?" in done.stderr
 
 
 def test_what_is_no_socket_stays(tmp_path):

@@ -112,9 +112,18 @@ def test_rate_limits_are_set_shown_and_saved(client, blk):
     assert client.call("bdev_get_bdevs") == [bdev]
     client.call("bdev_set_qos_limit", {"name": "VirtioBlk1", "rw_ios_per_sec": 0, "w_mbytes_per_sec": 0})
     assert not any(client.call("bdev_get_bdevs")[0]["assigned_rate_limits"].values())
-    for bad in ({"r_mbytes_per_sec": -1}, {}):
-        with pytest.raises(JSONRPCException, match="-32602"):
-            client.call("bdev_set_qos_limit", {"name": "VirtioBlk1"} | bad)
+
+
+def test_what_is_no_rate_limit_is_refused_and_changes_nothing(client, blk):
+    attach(client, blk, "Fast0", "blk")
+    client.call("bdev_set_qos_limit", {"name": "Fast0", "rw_ios_per_sec": 1000})
+    too_many = {"rw_ios_per_sec": 10**12 + 1}
+    for bad in ({"rw_ios_per_sec": -5}, {"rw_ios_per_sec": -1000}, {"r_mbytes_per_sec": -1}, too_many, {}):
+        with pytest.raises(JSONRPCException, match="-32602") as caught:
+            client.call("bdev_set_qos_limit", {"name": "Fast0"} | bad)
+        for key, value in bad.items():
+            assert f"{key} {value}, want a number from 0 to " in str(caught.value)
+    assert client.call("bdev_get_bdevs")[0]["assigned_rate_limits"]["rw_ios_per_sec"] == 1000
 
 
 def test_levels_and_flags_of_logs(client):

@@ -37,15 +37,18 @@ _MAX_PATH = 107  # bytes in a sockaddr_un, without the NUL
 _MAX_FDS = 64  # more than any peer may send: what comes is counted, and closed
 
 
-def connect(path: str, timeout: float) -> socket.socket:
-    """A connected, non-blocking socket; TransportError says what to do about a failure."""
+def connect(path: str, timeout: float, peer: str = "back end") -> socket.socket:
+    """A connected, non-blocking socket; TransportError says what to do about a failure.
+
+    `peer` is what errors call the other side.
+    """
     if len(os.fsencode(path)) > _MAX_PATH:
         words = f"cannot connect to {path}: path too long, a socket's has at most {_MAX_PATH} bytes"
         raise TransportError(errno.ENAMETOOLONG, words)
     try:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     except OSError as error:
-        raise TransportError(error.errno or errno.EIO, _advice(path, error)) from error
+        raise TransportError(error.errno or errno.EIO, _advice(path, error, peer)) from error
     deadline = time.monotonic() + timeout
     try:
         sock.setblocking(False)
@@ -53,25 +56,25 @@ def connect(path: str, timeout: float) -> socket.socket:
             try:
                 sock.connect(path)
                 return sock
-            except BlockingIOError:  # the back end's queue of connections is full
+            except BlockingIOError:  # the peer's queue of connections is full
                 if time.monotonic() >= deadline:
                     raise TransportError(
                         errno.EAGAIN,
-                        f"the back end at {path} accepted no connection in {timeout:g} s: it may "
-                        "be serving another front end",
+                        f"the {peer} at {path} accepted no connection in {timeout:g} s: it may be "
+                        "serving another",
                     ) from None
                 time.sleep(0.01)
     except OSError as error:
         sock.close()
         if isinstance(error, TransportError):
             raise
-        raise TransportError(error.errno or errno.EIO, _advice(path, error)) from error
+        raise TransportError(error.errno or errno.EIO, _advice(path, error, peer)) from error
 
 
-def _advice(path: str, error: OSError) -> str:
+def _advice(path: str, error: OSError, peer: str) -> str:
     reason = {
-        errno.ENOENT: "there is no such socket: is the back end running, with this path?",
-        errno.ECONNREFUSED: "nobody listens there: the back end has ended, or it is not a socket",
+        errno.ENOENT: f"there is no such socket: is the {peer} running, with this path?",
+        errno.ECONNREFUSED: f"nobody listens there: the {peer} has ended, or it is not a socket",
         errno.EACCES: "no permission: writing to the socket and searching its folders is needed",
         errno.ENOTSOCK: "it is not a socket",
         errno.EPROTOTYPE: "it is a socket of another kind, not a stream",

@@ -26,7 +26,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Daemon:
     """Holds a system until it is told to stop, or has nothing more to hold."""
 
-    def __init__(self, wanted: config.Config | None, rpc_socket: str | None, metrics: str | None) -> None:
+    def __init__(
+        self, wanted: config.Config | None, rpc_socket: str | None, metrics: tuple[str, int] | None
+    ) -> None:
+        """`metrics` is the host and the port to serve them at."""
         self._wanted, self._rpc_socket, self._metrics = wanted, rpc_socket, metrics
         self._server: RpcServer | None = None
         self._endpoint: Endpoint | None = None
@@ -84,7 +87,7 @@ class Daemon:
                 raise click.ClickException(f"{self._wanted.path}: rate limits: {error.message}") from error
             print_table(self._system.bdevs())
         if self._metrics is not None:
-            self._endpoint = Endpoint(self._metrics, lambda: list(self._system.bdevs()))
+            self._endpoint = Endpoint(*self._metrics, lambda: list(self._system.bdevs()))
         if self._server is not None:
             await self._server.start()
 

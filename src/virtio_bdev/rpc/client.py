@@ -12,6 +12,7 @@ from virtio.transport.session import connect
 from virtio_bdev.rpc.errors import RpcError
 from virtio_bdev.rpc.framing import Frames, FramingError
 
+_PEER = "daemon (`virtio-bdev run --rpc-socket PATH`)"
 _READ_BYTES = 1 << 16
 _MAX_ANSWER = 1 << 28  # bytes: a million disks
 
@@ -33,7 +34,7 @@ def call(path: str, method: str, params: object, timeout: float) -> bytes:
     """
     request = {"jsonrpc": "2.0", "id": 1, "method": method} | ({} if params is None else {"params": params})
     end = time.monotonic() + timeout
-    with contextlib.closing(connect(path, timeout)) as sock:
+    with contextlib.closing(connect(path, timeout, _PEER)) as sock:
         try:
             sock.settimeout(timeout)
             sock.sendall(msgspec.json.encode(request))

@@ -63,13 +63,15 @@ class Methods:
         """The result of a method; RpcError for anything else."""
         method = _METHODS.get(name)
         if method is None:
-            raise RpcError(METHOD_NOT_FOUND, "Method not found")
+            raise RpcError(METHOD_NOT_FOUND, "Method not found: rpc_get_methods lists them")
         if method.parameters is _Nothing and params is not None:
             raise RpcError(INVALID_PARAMS, f"{name} requires no parameters")
         try:
             decoded = msgspec.convert({} if params is None else params, method.parameters)
         except msgspec.ValidationError as error:
-            raise RpcError(INTERNAL_ERROR, f"spdk_json_decode_object failed: {error}") from error
+            takes = ", ".join(method.parameters.__struct_fields__)
+            words = f"spdk_json_decode_object failed: {error}: it takes {takes}"
+            raise RpcError(INTERNAL_ERROR, words) from error
         return await method.run(self._system, decoded)
 
 

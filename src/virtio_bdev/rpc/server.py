@@ -18,7 +18,7 @@ log = logging.getLogger("virtio.rpc")
 Call: TypeAlias = Callable[[str, Any], Awaitable[object]]
 
 _MAX_CLIENTS = 64
-_MAX_PENDING = 8  # requests of one client; before it sends more, it has to read answers
+_MAX_PENDING = 8  # messages of one client; it must read answers before more are read
 _MAX_BATCH = 256
 _READ_BYTES = 1 << 16
 _LEAVE_S = 1.0  # that a client has to read its last answers
@@ -44,6 +44,7 @@ class RpcServer:
         self.path = path
         self._call = call
         self._listener = Listener(path, 0o600)
+        self._server: asyncio.Server | None = None  # until `start`
         self._clients: dict[asyncio.Task[None], _Client] = {}  # who came first comes first
 
     async def start(self) -> None:
@@ -52,8 +53,9 @@ class RpcServer:
         self._server = await asyncio.start_unix_server(self._accept, sock=sock)
 
     async def close(self) -> None:
-        """Let the clients go, and take the socket away."""
-        self._server.close()
+        """Let the clients go, and take the socket away; it need not have been served."""
+        if self._server is not None:
+            self._server.close()
         clients = list(self._clients)
         for client in clients:
             client.cancel()
