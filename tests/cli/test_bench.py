@@ -281,7 +281,7 @@ def test_as_many_jobs_as_the_disk_has_queues_need_no_other_option():
         status, out, err = bench(target, "--runtime", "0.1", "--numjobs", jobs)
         assert (status, err) == (0, "") and f"on each of {jobs} queues" in out
         status, out, err = bench(target, "--runtime", "0.1", "--numjobs", jobs + 1)
-        assert status == 1 and f"{jobs} request queues, {jobs + 1} are wanted" in err
+        assert status == 1 and f"{jobs} request queues; {jobs + 1} are wanted" in err
 
 
 def test_a_target_that_dies_is_one_line():
