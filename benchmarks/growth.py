@@ -1,4 +1,7 @@
-"""What it costs to have more queues, more disks, more units: on the embedded target."""
+"""What it costs to have more queues, more disks, more units: on the embedded target.
+
+That has one core, and this process another.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
-import virtio.target
+import peers
+
 import virtio_bdev
+from virtio.target import Served, serve
 from virtio_bdev import bench
 
 Values = dict[str, list[float]]
@@ -21,13 +27,25 @@ def measure(turns: int, wants: Callable[[str], bool]) -> Iterator[tuple[str, str
     rows: dict[str, tuple[str, Callable[[int], Values]]] = {
         "start of Python with the library": ("ms", _starts),
         "a request, one queue of several, embedded target": ("ns", _queues),
+        "a request, so many queues at work, embedded target": ("ns", _at_work),
+        "memory of a queue of 256, beside others": ("KiB", _queue_memory),
         "attaching so many disks": ("ms a disk", _attached),
         "memory of an attached disk, 1 queue": ("KiB", _held),
         "attaching a controller of so many units": ("ms", _units),
     }
     for what, (unit, measured) in rows.items():
         if wants(what):
-            yield what, unit, measured(turns)
+            with peers.on_core(peers.CLIENT_CORE):
+                figures = measured(turns)
+            yield what, unit, figures
+
+
+@contextmanager
+def _target(kind: str, *disks: str, **how: Any) -> Iterator[Served]:
+    with ExitStack() as stack:
+        with peers.on_core(peers.TARGET_CORE):
+            target = stack.enter_context(serve(kind, *disks, **how))
+        yield target
 
 
 def _starts(turns: int) -> Values:
@@ -45,7 +63,7 @@ def _starts(turns: int) -> Values:
 def _queues(turns: int) -> Values:
     """The same load on one queue, of a controller with 1 to 16."""
     values: Values = {}
-    with virtio.target.serve("blk", ram="16M", queues=16) as target:
+    with _target("blk", ram="16M", queues=16) as target:
         for _ in range(turns):
             for queues in (1, 4, 16):
                 with virtio_bdev.attach(target.address, dev_type="blk", queues=queues) as controller:
@@ -56,12 +74,44 @@ def _queues(turns: int) -> Values:
     return values
 
 
+def _at_work(turns: int) -> Values:
+    """The same number of requests, and as many in flight, on 1 to 4 queues at once, each of its own thread:
+    all threads have one core here, so that what is left is the cost of having them."""
+    values: Values = {}
+    with _target("blk", ram="16M", queues=4) as target:
+        for _ in range(turns):
+            for queues in (1, 2, 4):
+                with virtio_bdev.attach(target.address, dev_type="blk", queues=queues) as controller:
+                    (bdev,) = controller.values()
+                    job = bench.Job(iodepth=32 // queues, requests=40_000 // queues)
+                    results = bench.run_jobs(bdev, job, queues)
+                    seconds = max(result.seconds for result in results)
+                    done = sum(result.requests for result in results)
+                    values.setdefault(str(queues), []).append(1e9 * seconds / done)
+    return values
+
+
+def _queue_memory(turns: int) -> Values:
+    """What 3 and 15 queues more take, each: private memory and what of the shared one was touched."""
+    values: Values = {}
+    with _target("blk", ram="1M", queues=16) as target:
+        for _ in range(turns):
+            held = {}
+            for queues in (1, 4, 16):
+                before = _resident()
+                with virtio_bdev.attach(target.address, dev_type="blk", queues=queues):
+                    held[queues] = _resident() - before
+            for queues in (4, 16):
+                values.setdefault(str(queues), []).append((held[queues] - held[1]) / (queues - 1))
+    return values
+
+
 def _attached(turns: int) -> Values:
     return _disks(turns, (1, 16, 256))[0]
 
 
 def _held(turns: int) -> Values:
-    return _disks(1, (16, 256))[1]
+    return _disks(min(turns, 3), (16, 256))[1]
 
 
 def _disks(turns: int, counts: tuple[int, ...]) -> tuple[Values, Values]:
@@ -69,7 +119,7 @@ def _disks(turns: int, counts: tuple[int, ...]) -> tuple[Values, Values]:
     times: Values = {}
     memory: Values = {}
     with ExitStack() as stack:
-        targets = [stack.enter_context(virtio.target.serve("blk", ram="1M")) for _ in range(max(counts))]
+        targets = [stack.enter_context(_target("blk", ram="1M")) for _ in range(max(counts))]
         for _ in range(turns):
             for count in counts:
                 before, begun = _resident(), time.perf_counter()
@@ -87,7 +137,7 @@ def _units(turns: int) -> Values:
     values: Values = {}
     for count in (1, 64, 1024):
         disks = [f"{number // 16}:{number % 16}=ram:1M" for number in range(count)]
-        with virtio.target.serve("scsi", *disks) as target:
+        with _target("scsi", *disks) as target:
             for _ in range(turns):
                 begun = time.perf_counter()
                 with virtio_bdev.attach(target.address) as controller:

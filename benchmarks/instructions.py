@@ -1,11 +1,12 @@
 """Instructions of the driver for a request, counted by callgrind: the one figure that no noise can move.
 
-instructions.py [LAYOUT]...          what each layout takes
-instructions.py --load LAYOUT N      the load that is counted: N reads of 4 KiB in one batch
+instructions.py [LAYOUT [WAY]]          what each layout takes, by way in
+instructions.py --load LAYOUT WAY N     the load that is counted: N reads of 4 KiB
 """
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,30 +14,55 @@ from array import array
 from pathlib import Path
 
 REQUESTS = 6_000
-_LOOP = "*RequestQueue_run*"  # the compiled loop, and what it calls: nothing else is counted
+DEPTH = 32
+# By way in, the compiled functions that are counted, with what they call; nothing else is.
+WAYS = {
+    "batch": ["*RequestQueue_run*"],
+    "bench, QD 32": ["*RequestQueue_run*"],
+    "submit and poll, QD 32": ["*__pyx_pw_*Submitter*submit_read*", "*__pyx_pw_*Submitter*poll*"],
+}
+_MODULES = {"slots", "requests", "task", "split", "packed", "doorbell", "stats", "load", "submit", "gather"}
 _HERE = Path(__file__)
 _PATIENCE_S = 300.0
 
 
-def load(layout: str, requests: int) -> None:
+def load(layout: str, way: str, requests: int) -> None:
     """Reads into the pool, on a device that answers at once."""
     from null_device import null_channel
+
+    from virtio_bdev import bench
 
     with null_channel(layout, queue_size=256) as (channel, _):
         with channel.bdev.controller.buffer(4096) as buffer:
             channel.readinto(0, buffer)
-        offsets = memoryview(array("Q", range(0, requests * 4096, 4096)))
-        with channel.bdev.controller.buffer(requests * 4096) as into:
-            channel.read_batch(offsets, 4096, into)
+            if way == "submit and poll, QD 32":
+                for _ in range(requests // DEPTH):
+                    for token in range(DEPTH):
+                        channel.submit_read(4096 * token, buffer, token)
+                    channel.poll(DEPTH)
+        if way == "bench, QD 32":
+            bench.run(channel, bench.Job(iodepth=DEPTH, requests=requests, seed=1))
+        elif way == "batch":
+            offsets = memoryview(array("Q", range(0, requests * 4096, 4096)))
+            with channel.bdev.controller.buffer(requests * 4096) as into:
+                channel.read_batch(offsets, 4096, into)
 
 
-def count(layout: str, requests: int) -> dict[str, int]:
+def can_count(left_out: list[str]) -> bool:
+    """Whether callgrind is there; noted, if not."""
+    if not shutil.which("valgrind"):
+        left_out.append("instructions: they are counted with callgrind (Debian: valgrind)")
+        return False
+    return True
+
+
+def count(layout: str, requests: int, way: str = "batch") -> dict[str, int]:
     """The instructions that such a load has run, by shared object."""
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/out"
         argv = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}", "--compress-strings=no"]
-        argv += [f"--toggle-collect={_LOOP}", "--compress-pos=no"]
-        argv += [sys.executable, str(_HERE), "--load", layout, str(requests)]
+        argv += ["--compress-pos=no", *(f"--toggle-collect={loop}" for loop in WAYS[way])]
+        argv += [sys.executable, str(_HERE), "--load", layout, way, str(requests)]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=_PATIENCE_S)
         if done.returncode:
             raise RuntimeError(f"valgrind: {done.stderr[-2000:]}")
@@ -58,20 +84,26 @@ def _by_object(profile: str) -> dict[str, int]:
     return found
 
 
-def a_request(layout: str) -> dict[str, float]:
+def a_request(layout: str, way: str = "batch") -> dict[str, float]:
     """Instructions for a request, by module of `virtio.ring`."""
-    counted = count(layout, REQUESTS)
-    modules = {"slots", "requests", "task", "split", "packed", "doorbell", "stats", "load"}
-    return {name: counted[name] / REQUESTS for name in sorted(modules & counted.keys())}
+    requests = REQUESTS // DEPTH * DEPTH
+    counted = count(layout, requests, way)
+    return {name: counted[name] / requests for name in sorted(_MODULES & counted.keys())}
+
+
+def total(layout: str, way: str) -> float:
+    """Of all of them."""
+    return sum(a_request(layout, way).values())
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--load"]:
-        load(sys.argv[2], int(sys.argv[3]))
+        load(sys.argv[2], sys.argv[3], int(sys.argv[4]))
     else:
         from null_device import LAYOUTS
 
-        for layout in sys.argv[1:] or LAYOUTS:
-            by_module = a_request(layout)
-            words = ", ".join(f"{name} {value:.0f}" for name, value in by_module.items() if value >= 0.5)
-            print(f"{layout:18} {sum(by_module.values()):6.0f} instructions a request: {words}")
+        for layout in sys.argv[1:2] or LAYOUTS:
+            for way in sys.argv[2:3] or WAYS:
+                found = a_request(layout, way)
+                words = ", ".join(f"{name} {value:.0f}" for name, value in found.items() if value >= 0.5)
+                print(f"{layout:18} {way:24} {sum(found.values()):6.0f} instructions a request: {words}")

@@ -1,4 +1,5 @@
-"""What a machine takes from a program that never sleeps: its interrupts, and whoever else has its cores.
+"""What a machine takes from a program that never sleeps: its interrupts, and whoever else has its cores; and
+whether anybody has them now.
 
 noise.py SECONDS: of the core that it is on, as JSON.
 """
@@ -7,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import subprocess
 import sys
 import time
@@ -29,12 +29,32 @@ def measure(seconds: float) -> dict[str, Noise]:
     """Of the target's core and the client's, both at work."""
     watchers = {
         core: subprocess.Popen(
-            ["taskset", "-c", core, sys.executable, __file__, str(seconds)], stdout=subprocess.PIPE
+            ["taskset", "-c", str(core), sys.executable, __file__, str(seconds)], stdout=subprocess.PIPE
         )
-        for core in (TARGET_CORE, CLIENT_CORE)
-        if int(core) in os.sched_getaffinity(0)
+        for core in {TARGET_CORE, CLIENT_CORE}
     }
-    return {core: Noise(*json.loads(watcher.communicate()[0])) for core, watcher in watchers.items()}
+    return {str(core): Noise(*json.loads(watcher.communicate()[0])) for core, watcher in watchers.items()}
+
+
+def busy(seconds: float) -> float:
+    """The percentage of the two cores' time in which somebody had them."""
+    before = _ticks()
+    time.sleep(seconds)
+    idle, whole = (after - then for after, then in zip(_ticks(), before, strict=True))
+    return 100 - 100 * idle / max(1, whole)
+
+
+def _ticks() -> tuple[int, int]:
+    """Of both cores since the machine started: idle ones, and all (proc_stat(5))."""
+    names = {f"cpu{core}" for core in (TARGET_CORE, CLIENT_CORE)}
+    idle = whole = 0
+    with open("/proc/stat") as lines:
+        for name, *words in map(str.split, lines):
+            if name in names:
+                ticks = [int(word) for word in words[:8]]  # what guests have is in the first two, too
+                idle += ticks[3] + ticks[4]
+                whole += sum(ticks)
+    return idle, whole
 
 
 def _watch(seconds: float) -> Noise:

@@ -1,4 +1,7 @@
-"""The clients that take turns, each a process on a core of its own, and the disk that they share."""
+"""The clients that take turns, each a process on a core of its own, and the disk that they share.
+
+Of those that are not there somebody keeps a list, `left_out`; so of rows whose client or target fails.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,80 @@ Wait = Literal["poll", "event"]
 ROOT = Path(__file__).parents[1]
 BLKIO = ROOT / "build" / "blkio"
 _WAYS = Path(__file__).with_name("ways.py")
-TARGET_CORE, CLIENT_CORE = "0", "1"
 PATIENCE_S = 30.0
 _NBYTES = 1 << 30
 _FILE_BYTES = 256 << 20
 
 _IOTHREAD = ["--object", "iothread,id=t0,poll-max-ns=100000000"]
+
+
+class Failed(Exception):
+    """A target that does not start, or a client that does not end well; says which, and what it said."""
+
+
+def _cores() -> tuple[int, int]:
+    """The target's and the client's: two that we may use, not halves of one if that can be helped."""
+    ours = sorted(os.sched_getaffinity(0))
+    first = ours[0]
+    try:
+        listed = Path(f"/sys/devices/system/cpu/cpu{first}/topology/core_cpus_list").read_text()
+    except OSError:
+        listed = ""
+    halves = {
+        core
+        for part in listed.split(",")
+        if part.strip()
+        for low, _, high in [part.partition("-")]
+        for core in range(int(low), int(high or low) + 1)
+    }
+    others = [core for core in ours if core not in halves] or ours[1:] or ours
+    return first, others[0]
+
+
+TARGET_CORE, CLIENT_CORE = _cores()
+
+
+@contextlib.contextmanager
+def on_core(core: int) -> Iterator[None]:
+    """This process, and those that it starts meanwhile."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextlib.contextmanager
+def leaving_out(what: str, left_out: list[str]) -> Iterator[None]:
+    """Go on with the next row where one fails."""
+    try:
+        yield
+    except (Failed, subprocess.TimeoutExpired) as error:
+        left_out.append(f"{what}: {error}")
+
+
+def has_daemon(left_out: list[str]) -> bool:
+    """Whether qemu-storage-daemon is there; noted, if not."""
+    if not shutil.which("qemu-storage-daemon"):
+        left_out.append("qemu-storage-daemon, and what is compared on it (Debian: qemu-system-common)")
+        return False
+    return True
+
+
+def versions() -> dict[str, str]:
+    """Of those that are there."""
+    found = {"SPDK": os.environ.get("SPDK_DIR", "")}
+    if found["SPDK"]:
+        path = Path(found["SPDK"], "VERSION")
+        found["SPDK"] = path.read_text().strip() if path.exists() else "?"
+    if shutil.which("qemu-storage-daemon"):
+        said = subprocess.run(["qemu-storage-daemon", "--version"], capture_output=True, text=True).stdout
+        found["qemu-storage-daemon"] = said.partition("\n")[0]
+    library = next(BLKIO.glob("tree/usr/lib/*/libblkio.so.1.*"), None)
+    if library is not None:
+        found["libblkio"] = library.name.removeprefix("libblkio.so.")
+    return {name: version for name, version in found.items() if version}
 
 
 @contextlib.contextmanager
@@ -45,14 +116,23 @@ def storage_daemon(backing: str, *, nbd: bool = False) -> Iterator[str]:
         else:
             export = ["--export", f"type=vhost-user-blk,id=e0,node-name=n0,addr.type=unix,addr.path={path}"]
             export[-1] += ",writable=on,num-queues=4,iothread=t0"
-        argv = ["taskset", "-c", TARGET_CORE, "qemu-storage-daemon", "--blockdev", disk, *_IOTHREAD, *export]
+        argv = [
+            "taskset",
+            "-c",
+            str(TARGET_CORE),
+            "qemu-storage-daemon",
+            "--blockdev",
+            disk,
+            *_IOTHREAD,
+            *export,
+        ]
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         daemon = subprocess.Popen(argv, **quiet)
         try:
             deadline = time.monotonic() + PATIENCE_S
             while not os.path.exists(path):
                 if daemon.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit("qemu-storage-daemon does not start")
+                    raise Failed("qemu-storage-daemon does not start")
                 time.sleep(0.01)
             yield path
         finally:
@@ -62,7 +142,7 @@ def storage_daemon(backing: str, *, nbd: bool = False) -> Iterator[str]:
 
 def _client(*argv: str, seconds: float, env: dict[str, str] | None = None) -> str:
     done = subprocess.run(
-        ["taskset", "-c", CLIENT_CORE, *argv],
+        ["taskset", "-c", str(CLIENT_CORE), *argv],
         capture_output=True,
         text=True,
         timeout=PATIENCE_S + seconds,
@@ -70,7 +150,7 @@ def _client(*argv: str, seconds: float, env: dict[str, str] | None = None) -> st
         stdin=subprocess.DEVNULL,
     )
     if done.returncode:
-        raise SystemExit(f"{' '.join(argv)}: {done.stderr}")
+        raise Failed(f"{' '.join(argv)}: {done.stderr.strip()}")
     return done.stdout
 
 
@@ -154,7 +234,7 @@ def blkio(left_out: list[str]) -> Path | None:
     program = _blkio()
     if program is None:
         left_out.append(
-            "libblkio: its packages of Debian 13 (libblkio1, libblkio-dev) want mmdebstrap and cc"
+            "libblkio: its packages of Debian 13 (libblkio1, libblkio-dev) want mmdebstrap, cc and a mirror"
         )
     return program
 

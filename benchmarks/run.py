@@ -1,6 +1,6 @@
 """`make bench`: ours beside other clients of the same disks, by turns, on two cores; a table and a record.
 
-The target has one core and the client the other. Every client has its turn before any has its next one; a
+The target has one core and the client another. Every client has its turn before any has its next one; a
 row gives medians, and the median of the ratios turn by turn with a 95 % bootstrap interval. What is not there
 to be compared with is left out, and said. docs/performance.md has one run, and what bounds each figure.
 """
@@ -24,6 +24,7 @@ from typing import NamedTuple, get_args
 
 import driver
 import growth
+import instructions
 import msgspec
 import noise
 import peers
@@ -31,7 +32,9 @@ import spdk
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "build" / "bench"
-_BUSY = 0.3  # load of a machine that is doing something else
+SCHEMA = "virtio-bdev bench 2"  # of the record; another number when its fields change
+_BUSY = 8.0  # percent of the two cores: somebody is doing something else
+_SETTLE_S = 60  # how long to wait for him
 _RESAMPLES = 2000
 
 
@@ -42,6 +45,7 @@ class Row(msgspec.Struct):
     unit: str
     figures: dict[str, list[float]]
     more_is_better: bool = True
+    load: float = 0.0  # of the machine, when it was measured: each process that polls is 1
 
     def medians(self) -> dict[str, float]:
         return {name: statistics.median(values) for name, values in self.figures.items()}
@@ -58,13 +62,17 @@ class Row(msgspec.Struct):
 class Record(msgspec.Struct):
     """A run, and where it was made."""
 
+    schema: str
     when: str
     commit: str
     cpu: str
     cores: int
+    used: tuple[int, int]  # the target's core, and the client's
     kernel: str
     python: str
+    peers: dict[str, str]  # versions
     load: float
+    busy: float  # percent of the two cores' time that others had, just before
     interruptions: dict[str, noise.Noise]  # of each core
     turns: int
     seconds: float
@@ -89,12 +97,15 @@ Suite = Callable[[Plan, list[str]], Iterator[Row]]
 
 def vhost(plan: Plan, left_out: list[str]) -> Iterator[Row]:
     """qemu-storage-daemon's vhost-user-blk: ours and libblkio."""
+    if not peers.has_daemon(left_out):
+        return
     for backing in ("null-co", "file in RAM"):
         for rw, bs, depths in (("randread", 4096, (1, 32, 128)), ("randwrite", 4096, (1, 32, 128))):
             for wait in get_args(peers.Wait):
                 for depth in depths:
                     yield from _compare(backing, rw, bs, depth, wait, plan, left_out)
-        yield from _compare(backing, "read", 131072, 32, "poll", plan, left_out)
+        for wait in get_args(peers.Wait):
+            yield from _compare(backing, "read", 131072, 32, wait, plan, left_out)
 
 
 def _compare(
@@ -110,12 +121,12 @@ def _compare(
     if fio := peers.fio(left_out):
         clients["fio on libblkio"] = lambda socket: peers.fio_on_libblkio(fio, socket, *load)
     got: dict[str, list[peers.Measured]] = {who: [] for who in clients}
-    for turn in range(plan.turns):
-        for who in list(clients)[:: 1 if turn % 2 else -1]:
-            with peers.storage_daemon(backing) as socket:  # a fresh one, as it adapts to what it has seen
-                got[who].append(clients[who](socket))
-    yield Row(what, "IOPS", {who: [each.iops for each in turns] for who, turns in got.items()})
-    if fio:
+    with peers.leaving_out(what, left_out):
+        for turn in range(plan.turns):
+            for who in list(clients)[:: 1 if turn % 2 else -1]:
+                with peers.storage_daemon(backing) as socket:  # a fresh one: it adapts to what it has seen
+                    got[who].append(clients[who](socket))
+        yield Row(what, "IOPS", {who: [each.iops for each in turns] for who, turns in got.items()})
         tell = {who: [each.p99_us or math.nan for each in got[who]] for who in got if who != "libblkio"}
         yield Row(f"{what}, p99", "us", tell, more_is_better=False)
 
@@ -127,14 +138,23 @@ def against_spdk(plan: Plan, left_out: list[str]) -> Iterator[Row]:
         for kind in ("blk", "scsi"):
             for backing in ("RAM disk", "null"):
                 for depth in (1, 32, 128 if kind == "blk" else 127):  # of cmd_per_lun one is for probes
-                    yield from _beside_bdevperf(tree, kind, backing, depth, plan)
-            yield from _beside_bdevperf(tree, kind, "delayed", 32, plan)
+                    yield from _beside_bdevperf(tree, kind, backing, depth, plan, left_out)
+            yield from _beside_bdevperf(tree, kind, "delayed", 32, plan, left_out)
 
 
-def _beside_bdevperf(tree: Path, kind: str, backing: str, depth: int, plan: Plan) -> Iterator[Row]:
+def _beside_bdevperf(
+    tree: Path, kind: str, backing: str, depth: int, plan: Plan, left_out: list[str]
+) -> Iterator[Row]:
     what = f"SPDK {kind}, {backing}, QD {depth}"
     if not plan.wants(what):
         return
+    with peers.leaving_out(what, left_out):
+        yield from _turns_with_bdevperf(tree, kind, backing, depth, plan, what)
+
+
+def _turns_with_bdevperf(
+    tree: Path, kind: str, backing: str, depth: int, plan: Plan, what: str
+) -> Iterator[Row]:
     seconds = plan.seconds
     rows = {
         "iops": Row(what, "IOPS", {}),
@@ -170,6 +190,8 @@ def _beside_bdevperf(tree: Path, kind: str, backing: str, depth: int, plan: Plan
 
 def python(plan: Plan, left_out: list[str]) -> Iterator[Row]:
     """Ways from Python to the same disk."""
+    if not peers.has_daemon(left_out):
+        return
     for depth in (1, 32):
         row = Row(f"null-co from Python, 4 KiB randread, QD {depth}", "IOPS", {})
         if not plan.wants(row.what):
@@ -178,18 +200,25 @@ def python(plan: Plan, left_out: list[str]) -> Iterator[Row]:
         row.figures = {way: [] for way in ways}
         if peers.has_libnbd(left_out):
             row.figures["libnbd"] = []
-        for _ in range(plan.turns):
-            for way, values in row.figures.items():
-                values.append(peers.python_way(way, depth, plan.seconds))
-        yield row
+        with peers.leaving_out(row.what, left_out):
+            for _ in range(plan.turns):
+                for way, values in row.figures.items():
+                    values.append(peers.python_way(way, depth, plan.seconds))
+            yield row
 
 
 def alone(plan: Plan, left_out: list[str]) -> Iterator[Row]:
     """The driver on a device that answers at once."""
     requests = int(200_000 * min(1.0, plan.seconds))
-    figures = driver.measure(plan.turns, requests, lambda way: plan.wants(f"driver alone, {way}"))
+    with peers.on_core(peers.CLIENT_CORE):
+        figures = driver.measure(plan.turns, requests, lambda way: plan.wants(f"driver alone, {way}"))
     for way, by_layout in figures.items():
         yield Row(f"driver alone, {way}", "ns a request", by_layout, more_is_better=False)
+    for way in instructions.WAYS:
+        what = f"driver alone, instructions, {way}"
+        if plan.wants(what) and instructions.can_count(left_out):
+            counted = {layout: [instructions.total(layout, way)] for layout in driver.LAYOUTS}
+            yield Row(what, "a request", counted, more_is_better=False)
 
 
 def grown(plan: Plan, left_out: list[str]) -> Iterator[Row]:
@@ -214,20 +243,23 @@ def machine(turns: int, seconds: float) -> Record:
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return Record(
-        now,
-        commit,
-        cpu,
-        os.cpu_count() or 1,
-        platform.release(),
-        platform.python_version(),
-        os.getloadavg()[0],
-        {},
-        turns,
-        seconds,
-        [],
-        [],
+        schema=SCHEMA,
+        when=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        commit=commit or "?",
+        cpu=cpu,
+        cores=os.cpu_count() or 1,
+        used=(peers.TARGET_CORE, peers.CLIENT_CORE),
+        kernel=platform.release(),
+        python=platform.python_version(),
+        peers=peers.versions(),
+        load=os.getloadavg()[0],
+        busy=noise.busy(1.0),
+        interruptions={},
+        turns=turns,
+        seconds=seconds,
+        rows=[],
+        left_out=[],
     )
 
 
@@ -249,8 +281,24 @@ def save(record: Record, folder: Path) -> Path:
     """Write the record as far as it goes."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{record.when.replace(':', '')}.json"
-    path.write_text(json.dumps(msgspec.to_builtins(record), indent=1))
+    told = msgspec.to_builtins(record)
+    for row in told["rows"]:  # json knows no NaN
+        row["figures"] = {
+            name: [None if math.isnan(value) else value for value in values]
+            for name, values in row["figures"].items()
+        }
+    path.write_text(json.dumps(told, indent=1, allow_nan=False))
     return path
+
+
+def settle() -> None:
+    """Wait until nobody has the two cores; SystemExit if somebody keeps them."""
+    for left in range(_SETTLE_S, 0, -1):
+        busy = noise.busy(1.0)
+        if busy < _BUSY:
+            return
+        print(f"others have {busy:.0f} % of the two cores: waiting, {left} s at most", file=sys.stderr)
+    sys.exit(f"others have {busy:.0f} % of the two cores, want {_BUSY:.0f} at most: end them, or use --force")
 
 
 def main() -> None:
@@ -276,12 +324,12 @@ def main() -> None:
         parser.error(f"{', '.join(unknown)}: want any of {', '.join(SUITES)}")
     if options.seconds % 1 and {"vhost", "spdk"} & set(options.suites or SUITES):
         parser.error(f"--seconds {options.seconds}: libblkio's benchmark and bdevperf want whole seconds")
+    if options.turns < 1:
+        parser.error(f"--turns {options.turns}, want 1 or more")
     plan = Plan(options.turns, options.seconds, options.only)
+    if not options.force:
+        settle()
     record = machine(options.turns, options.seconds)
-    if record.load > _BUSY and not options.force:
-        sys.exit(
-            f"this machine has a load of {record.load:.2f}: wait until it is below {_BUSY}, or use --force"
-        )
     print(
         f"{record.cpu}, {record.cores} cores, Linux {record.kernel}, Python {record.python}, {record.commit}"
     )
@@ -292,11 +340,14 @@ def main() -> None:
         )
     for name in options.suites or SUITES:
         for row in SUITES[name](plan, record.left_out):
+            row.load = os.getloadavg()[0]
             record.rows.append(row)
             show(row)
             save(record, options.records)  # a run takes most of an hour, and may be broken off
     for what in dict.fromkeys(record.left_out):
         print(f"left out: {what}")
+    if not record.rows:
+        sys.exit("nothing was measured")
     print(f"recorded in {save(record, options.records)}")
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from peers import CLIENT_CORE, PATIENCE_S, TARGET_CORE, Measured
+from peers import CLIENT_CORE, PATIENCE_S, TARGET_CORE, Failed, Measured
 
 from virtio.errors import VirtioError
 from virtio_bdev.rpc.client import call
@@ -94,7 +94,7 @@ def target(spdk: Path, kind: str, backing: str) -> Iterator[tuple[str, str]]:
             yield path, f"{folder}/rpc"
 
 
-def _common(rpc: str, core: str) -> list[str]:
+def _common(rpc: str, core: int) -> list[str]:
     options = ["-r", rpc, "-m", f"[{core}]", "-s", str(_MEMORY_MIB), "-u", "--iova-mode", "va"]
     return [*options, "--single-file-segments", "--silence-noticelog", "--disable-cpumask-locks"]
 
@@ -123,7 +123,7 @@ def _running(argv: list[str], ready: str) -> Iterator[None]:
         deadline = time.monotonic() + PATIENCE_S
         while not os.path.exists(ready):
             if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"{argv[0]} does not start: {log.read_text()[-1000:]}")
+                raise Failed(f"{argv[0]} does not start: {log.read_text()[-1000:]}")
             time.sleep(0.01)
         yield
     finally:
@@ -152,7 +152,7 @@ def bdevperf(spdk: Path, socket: str, kind: str, rw: str, bs: int, depth: int, s
     total = re.search(r"^\W*Total\s+:\s+([\d.]+)", done.stdout, re.MULTILINE)
     p99 = re.search(r"^\s*99\.00000% :\s+([\d.]+)us", done.stdout, re.MULTILINE)
     if done.returncode or total is None or p99 is None:
-        raise SystemExit(f"bdevperf: {done.stdout[-1000:]}{done.stderr[-1000:]}")
+        raise Failed(f"bdevperf: {done.stdout[-1000:]}{done.stderr[-1000:]}")
     return Measured(float(total[1]), float(p99[1]), own.busy_ns)
 
 

@@ -20,7 +20,7 @@ OFFSETS = [BLOCK * random.Random(1).randrange(BLOCKS) for _ in range(1 << 14)]
 def batch(socket: str, depth: int, seconds: float) -> float:
     import virtio_bdev
 
-    with virtio_bdev.attach(f"user:{socket}", dev_type="blk", queues=1, queue_size=256) as controller:
+    with virtio_bdev.attach(f"user:{socket}", dev_type="blk", queues=1, depth=depth) as controller:
         (bdev,) = controller.values()
         offsets = array("Q", OFFSETS[:4096])
         with bdev.open(wait="poll") as channel, controller.buffer(len(offsets) * BLOCK) as into:
