@@ -404,6 +404,29 @@ def test_several_loops_in_several_threads_use_one_controller(disk):
         assert failures == []
 
 
+def test_closing_ends_calls_in_the_loops_of_other_threads():
+    with serve("blk", "ram:1M", queues=2, control=True) as target:
+        controller = aio.Controller(virtio_bdev.attach(target.address, dev_type="blk", queues=2))
+        target.control("set_fault", hang=True)
+        begun, ended = threading.Event(), []
+
+        async def read():
+            channel = first(controller).open(timeout=None)
+            asyncio.get_running_loop().call_soon(begun.set)
+            try:
+                await channel.read(0, BLOCK)
+            except VirtioError as error:
+                ended.append(type(error))
+            assert channel.inner.closed
+
+        thread = threading.Thread(target=asyncio.run, args=(read(),), daemon=True)
+        thread.start()
+        assert begun.wait(10)
+        asyncio.run(controller.close())
+        thread.join(10)
+        assert ended == [ClosedError]
+
+
 @asynchronous
 async def test_a_reset_under_way_costs_nobody_anything(disk):
     kind, address, path = disk

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
@@ -50,6 +51,22 @@ class Reactor:
         for channel in list(self._channels.values()):
             channel.end(ClosedError(f"the controller of {channel.bdev.name} was closed"))
             channel.release()
+
+    def close_in_its_loop(self) -> threading.Event:
+        """`close`, from any thread; what is set when that is done."""
+        done = threading.Event()
+
+        def close() -> None:
+            try:
+                self.close()
+            finally:
+                done.set()
+
+        try:
+            self.loop.call_soon_threadsafe(close)
+        except RuntimeError:  # the loop was closed
+            done.set()
+        return done
 
     def submitted(self) -> None:
         """Something was submitted, or waits for room."""
