@@ -277,6 +277,45 @@ async def test_waiters_are_served_in_order_and_channels_in_turns(at_once, monkey
                 assert abs(half.count(one) - half.count(two)) <= slots
 
 
+def fill(controller, stack, nbytes):
+    """Take all that is left of the pool in pieces of this size."""
+    with contextlib.suppress(TransportError):
+        while True:
+            stack.enter_context(controller.buffer(nbytes))
+
+
+@asynchronous
+async def test_memory_that_idle_channels_keep_is_there_for_others(disk):
+    kind, address, _ = disk
+    nbytes = 1 << 20
+    async with await aio.attach(address, dev_type=kind, queues=1) as controller:
+        bdev = first(controller)
+        async with bdev.open() as one, bdev.open() as two:
+            await one.read(0, nbytes)  # and keeps its bounce buffer
+            with contextlib.ExitStack() as stack:
+                fill(controller, stack, nbytes)
+                await two.read(0, nbytes)
+                parts = await asyncio.gather(one.read(0, nbytes), two.read(nbytes, nbytes))
+                assert [len(part) for part in parts] == [nbytes] * 2
+                two.drop_rooms()
+                one.drop_rooms()
+                fill(controller, stack, nbytes)
+                with pytest.raises(TransportError, match="one piece"):
+                    await two.read(0, nbytes)
+
+
+@asynchronous
+async def test_small_bounce_buffers_count_as_what_they_take_of_the_pool(disk):
+    kind, address, _ = disk
+    async with await aio.attach(address, dev_type=kind, queue_size=1024) as controller:
+        async with first(controller).open() as channel:
+            free = controller.blocking.device.pool.free_bytes
+            await asyncio.gather(*(channel.read(0, 512) for _ in range(1000)))
+            kept = sum(map(len, channel._rooms.values()))
+            assert 0 < kept * BLOCK <= 1 << 20
+            assert free - controller.blocking.device.pool.free_bytes <= kept * BLOCK
+
+
 @asynchronous
 async def test_what_is_wrong_is_told_at_once(disk):
     kind, address, _ = disk

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from virtio_bdev.channel import Channel as BlockingChannel
 
 _POLL_AT_ONCE = 256  # completions between two looks at everything else in the loop
-_CACHED = 256  # bounce buffers that a channel keeps
+_PAGE = 4096  # what the smallest of buffers takes of the pool
+_CACHED_BYTES = 1 << 20  # of bounce buffers of each size, that a channel keeps
 _ZERO_BYTES = 256 << 10  # of zeros, where the device cannot write zeroes itself
 
 
@@ -165,9 +166,7 @@ class Channel:
         if self._timer is not None:
             self._timer.cancel()
         self._reactor.leave(self)
-        for rooms in self._rooms.values():
-            for room in rooms:
-                room.close()
+        self.drop_rooms()
         self.inner.close()
 
     async def close(self) -> None:
@@ -238,21 +237,19 @@ class Channel:
 
         def begin(token: int) -> bool:
             nonlocal room
-            room = self._take(nbytes)
-            if room is None:
-                return False
-            if data is not None:
-                room.view()[:nbytes] = data
-            if submit(offset, room, token, nbytes=nbytes):
-                return True
-            self._give(room)
-            room = None
-            return False
+            if room is None:  # else it has one since it was tried last
+                room = self._take(nbytes)
+                if room is None:
+                    return False
+                if data is not None:
+                    room.view()[:nbytes] = data
+            return submit(offset, room, token, nbytes=nbytes)
 
         try:
             await self._call(begin)
         except BaseException:
             if room is not None:
+                self._reactor.lent -= 1
                 room.close()  # to the pool, once the device has returned it
             raise
         assert room is not None
@@ -262,21 +259,37 @@ class Channel:
         """A bounce buffer; None if there is none now, but will be when a request is back."""
         size = 1 << (nbytes - 1).bit_length()
         rooms = self._rooms.get(size)
-        if rooms:
-            return rooms.pop()
-        try:
-            return self.bdev.controller.buffer(size)
-        except TransportError as error:
-            if error.errno == errno.ENOMEM and (self._calls or self.inner.queue.orphans):
-                return None
-            raise
+        room = rooms.pop() if rooms else self._new_room(size)
+        self._reactor.lent += room is not None
+        return room
+
+    def _new_room(self, size: int) -> Buffer | None:
+        while True:
+            try:
+                return self.bdev.controller.buffer(size)
+            except TransportError as error:
+                if error.errno != errno.ENOMEM:
+                    raise
+                if not self._reactor.drop_rooms():
+                    if self._reactor.lent or self.inner.queue.in_flight:
+                        return None
+                    raise
 
     def _give(self, room: Buffer) -> None:
+        self._reactor.lent -= 1
         rooms = self._rooms.setdefault(room.nbytes, [])
-        if len(rooms) * room.nbytes < _CACHED << 12 and not self.inner.closed:
+        if len(rooms) * max(room.nbytes, _PAGE) < _CACHED_BYTES and not self.inner.closed:
             rooms.append(room)
         else:
             room.close()
+
+    def drop_rooms(self) -> bool:
+        """Give back the bounce buffers that are kept; whether there were any; for `Reactor` to call."""
+        dropped = [room for rooms in self._rooms.values() for room in rooms]
+        self._rooms.clear()
+        for room in dropped:
+            room.close()
+        return bool(dropped)
 
     async def _call(self, begin: Callable[[int], bool]) -> None:
         """One request, begun now or in its turn, until it is back."""

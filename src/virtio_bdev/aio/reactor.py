@@ -23,6 +23,7 @@ class Reactor:
         self.lease = lease
         self.loop = asyncio.get_running_loop()
         self.closed = False
+        self.lent = 0  # bounce buffers that calls have
         self._channels: OrderedDict[int, Channel] = OrderedDict()  # by owner, whose turn it is first
         self._due = False  # a turn, that the loop knows of
         self._in_vain = 0
@@ -67,6 +68,11 @@ class Reactor:
         except RuntimeError:  # the loop was closed
             done.set()
         return done
+
+    def drop_rooms(self) -> bool:
+        """Give the pool back the bounce buffers that no call has; whether there were any."""
+        dropped = [channel.drop_rooms() for channel in self._channels.values()]
+        return any(dropped)
 
     def submitted(self) -> None:
         """Something was submitted, or waits for room."""
