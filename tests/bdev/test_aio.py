@@ -277,6 +277,64 @@ async def test_waiters_are_served_in_order_and_channels_in_turns(at_once, monkey
                 assert abs(half.count(one) - half.count(two)) <= slots
 
 
+@asynchronous
+async def test_channels_with_nothing_that_waits_are_not_asked(disk, monkeypatch):
+    kind, address, _ = disk
+    asked = set()
+
+    def noted(self, begin_next=aio.Channel.begin_next):
+        asked.add(self)
+        return begin_next(self)
+
+    monkeypatch.setattr(aio.Channel, "begin_next", noted)
+    async with await aio.attach(address, dev_type=kind, queues=1, queue_size=128) as controller:
+        async with contextlib.AsyncExitStack() as stack:
+            bdev = first(controller)
+            channels = [await stack.enter_async_context(bdev.open()) for _ in range(10)]
+            busy = channels[5]
+            await asyncio.gather(*(busy.read(0, BLOCK) for _ in range(500)))
+            assert asked == {busy}
+
+
+@asynchronous
+async def test_a_flush_that_needs_no_device_ends_on_any_channel():
+    with serve("blk", "ram:1M,ro") as target:
+        async with await aio.attach(target.address, dev_type="blk", queues=1) as controller:
+            bdev = first(controller)
+            async with bdev.open(timeout=5), bdev.open(timeout=5) as second:
+                await second.flush()
+
+
+@asynchronous
+async def test_a_request_is_sent_again_on_any_channel():
+    with serve("scsi", "0:0=ram:1M", "1:0=ram:1M", control=True) as target:
+        async with await aio.attach(target.address, queues=1) as controller:
+            one, two = controller.values()
+            async with one.open(timeout=5), two.open(timeout=5) as second:
+                await asyncio.to_thread(target.control, "set_fault", target=1, lun=0, busy=3)
+                assert await second.read(0, BLOCK) == bytes(BLOCK)
+
+
+@asynchronous
+async def test_a_disk_that_is_removed_ends_its_own_channels_alone():
+    with serve("scsi", "0:0=ram:1M", "1:0=ram:1M", control=True) as target:
+        async with await aio.attach(target.address, queues=1) as controller:
+            one, two = controller.values()
+            async with one.open() as removed, two.open() as other:
+                events = controller.events()
+                happened = asyncio.create_task(anext(events))
+                await asyncio.sleep(0)
+                await asyncio.to_thread(target.control, "remove_disk", target=0, lun=0)
+                await happened
+                for _ in range(3):
+                    assert await other.read(0, BLOCK) == bytes(BLOCK)
+                    with pytest.raises(TransportError, match="was removed"):
+                        await removed.read(0, BLOCK)
+                with pytest.raises(TransportError, match="was removed"):
+                    await removed.flush()
+        await events.aclose()
+
+
 def fill(controller, stack, nbytes):
     """Take all that is left of the pool in pieces of this size."""
     with contextlib.suppress(TransportError):

@@ -118,9 +118,9 @@ class Channel:
 
     async def flush(self) -> None:
         """Make durable what was written and has completed, by whichever channel."""
-        self.inner._check_open()
+        self._check(0, 0)
         try:
-            await self._call(self.inner.submit_flush)
+            await self._call(self._begin_flush)
         except DeviceError as error:
             if error.errno != errno.EOPNOTSUPP or self.bdev.blocking.disk.flush_known:
                 error.offset = None
@@ -185,7 +185,15 @@ class Channel:
     # How they are done.
 
     def _check(self, offset: int, nbytes: int, *, write: bool = False) -> None:
+        if self._error is not None:
+            raise type(self._error)(*self._error.args)
         self.inner._check(offset, nbytes, write=write)
+
+    def _begin_flush(self, token: int) -> bool:
+        begun = self.inner.submit_flush(token)
+        if self.inner._done:  # without the device, whose completion would tell
+            self._reactor.restless.add(self)
+        return begun
 
     def _in_place(self, offset: int, buffer: Buffer, *, write: bool) -> Coroutine[Any, Any, None]:
         """Move data between the disk and memory that the device can reach."""
@@ -303,6 +311,7 @@ class Channel:
             raise QueueFullError(f"{len(self.waiting)} calls wait for {self.bdev.name} already")
         else:
             self.waiting.append(call)
+            self._reactor.line_up(self)
         self._reactor.submitted()
         if self._timer is None and self.timeout is not None:
             self._timer = self._loop.call_later(self.timeout, self._expire)
