@@ -335,6 +335,80 @@ async def test_a_disk_that_is_removed_ends_its_own_channels_alone():
         await events.aclose()
 
 
+@asynchronous
+async def test_a_call_that_waits_behind_requests_given_up_ends_in_time_and_leaves_no_timer():
+    with serve("blk", "ram:1M", control=True) as target:
+        async with await aio.attach(target.address, dev_type="blk", queues=1, queue_size=16) as controller:
+            async with first(controller).open(timeout=0.1) as channel:
+                await asyncio.to_thread(target.control, "set_fault", hang=True)
+                calls = (channel.read(0, BLOCK) for _ in range(channel.inner.queue.slots))
+                late = await asyncio.gather(*calls, return_exceptions=True)
+                assert {type(error) for error in late} == {RequestTimeout}
+                with pytest.raises(RequestTimeout):
+                    await channel.read(0, BLOCK)
+                assert not channel.waiting and channel._timer is None
+                await asyncio.to_thread(target.control, "set_fault", hang=False)
+
+
+@asynchronous
+async def test_while_somebody_has_the_queue_the_loop_goes_on():
+    with serve("blk", "ram:1M,delay=0.05") as target:
+        async with await aio.attach(target.address, dev_type="blk", queues=1) as controller:
+            async with first(controller).open() as channel:
+                reads = [asyncio.create_task(channel.read(0, BLOCK))]
+                await asyncio.sleep(0)
+                with channel.inner._lease.borrow(None):
+                    reads += [asyncio.create_task(channel.read(at * BLOCK, BLOCK)) for at in range(3)]
+                    with pytest.raises(TimeoutError):
+                        async with asyncio.timeout(0.05):
+                            await channel.read(0, BLOCK)
+                    assert not any(read.done() for read in reads)
+                assert await asyncio.gather(*reads) == [bytes(BLOCK)] * 4
+
+
+@asynchronous
+async def test_a_device_that_goes_while_somebody_has_the_queue_ends_all_calls():
+    with serve("blk", "ram:1M", control=True) as target:
+        async with await aio.attach(target.address, dev_type="blk", queues=1) as controller:
+            async with first(controller).open(timeout=0.1) as channel:
+                await asyncio.to_thread(target.control, "set_fault", hang=True)
+                late = [asyncio.create_task(channel.read(0, BLOCK)) for _ in range(3)]
+                await asyncio.sleep(0)
+                lease = channel.inner._lease
+                with lease.borrow(None):
+                    results = await asyncio.gather(*late, return_exceptions=True)
+                    assert [type(result) for result in results] == [RequestTimeout] * 3
+                    channel.timeout = None
+                    reads = [asyncio.create_task(channel.read(0, BLOCK)) for _ in range(3)]
+                    await asyncio.sleep(0)
+                    lease.life.end(TransportError(5, "it has gone"))
+                    results = await asyncio.gather(*reads, return_exceptions=True)
+                    assert [type(result) for result in results] == [TransportError] * 3
+
+
+@asynchronous
+async def test_a_write_cancelled_while_somebody_has_the_queue_is_not_overtaken():
+    """CLN-2"""
+    with serve("blk", "ram:1M", control=True) as target:
+        async with await aio.attach(target.address, dev_type="blk", queues=1) as controller:
+            bdev = first(controller)
+            async with bdev.open() as channel, bdev.open() as other:
+                await asyncio.to_thread(target.control, "set_fault", hang=True)
+                old = asyncio.create_task(channel.write(0, b"o" * BLOCK))
+                await asyncio.sleep(0)
+                with channel.inner._lease.borrow(None):
+                    old.cancel()
+                    with pytest.raises(asyncio.CancelledError):
+                        await old
+                new = asyncio.create_task(other.write(0, b"n" * BLOCK))
+                while not channel.inner.queue.orphan_changes:
+                    await asyncio.sleep(0)
+                assert len(other.waiting) == 1
+                await asyncio.to_thread(target.control, "set_fault", hang=False)
+                await new
+                assert await other.read(0, BLOCK) == b"n" * BLOCK
+
+
 def fill(controller, stack, nbytes):
     """Take all that is left of the pool in pieces of this size."""
     with contextlib.suppress(TransportError):

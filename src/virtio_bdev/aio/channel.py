@@ -21,18 +21,28 @@ from virtio.errors import (
     VirtioError,
 )
 from virtio.ring.buffer import Buffer
-from virtio_bdev.channel import flat
+from virtio_bdev.channel import Channel as BlockingChannel, flat
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer as BufferProtocol
 
     from virtio_bdev.aio import Bdev
-    from virtio_bdev.channel import Channel as BlockingChannel
 
 _POLL_AT_ONCE = 256  # completions between two looks at everything else in the loop
 _PAGE = 4096  # what the smallest of buffers takes of the pool
 _CACHED_BYTES = 1 << 20  # of bounce buffers of each size, that a channel keeps
 _ZERO_BYTES = 256 << 10  # of zeros, where the device cannot write zeroes itself
+
+
+class Borrowed(Exception):
+    """Somebody has the queue at this moment, for a rescan or a reset: it is to be tried again."""
+
+
+class _Inner(BlockingChannel):
+    """A channel that does not wait for who has the queue: the loop would stand still."""
+
+    def _turn(self) -> None:
+        raise Borrowed
 
 
 class _Call:
@@ -58,7 +68,7 @@ class Channel:
         self.timeout = timeout
         self.max_waiting = max_waiting
         self.waiting: deque[_Call] = deque()
-        self.inner: BlockingChannel = bdev.blocking.open()
+        self.inner = _Inner(bdev.blocking, wait="adaptive", timeout=None)
         self._geometry = self.inner.geometry
         self._loop = asyncio.get_running_loop()
         self._reactor = bdev.controller.reactor(self.inner._lease)
@@ -305,7 +315,13 @@ class Channel:
             raise type(self._error)(*self._error.args)
         due = float("inf") if self.timeout is None else time.monotonic() + self.timeout
         call = _Call(begin, next(self._tokens), due, self._loop.create_future())
-        if not self.waiting and begin(call.token):
+        begun = False
+        if not self.waiting and not self._reactor.given_up:
+            try:
+                begun = begin(call.token)
+            except Borrowed:
+                begun = False
+        if begun:
             self._calls[call.token] = call
         elif len(self.waiting) >= self.max_waiting:
             raise QueueFullError(f"{len(self.waiting)} calls wait for {self.bdev.name} already")
@@ -319,8 +335,7 @@ class Channel:
             await call.future
         except asyncio.CancelledError:
             if self._calls.pop(call.token, None) is not None:
-                self.inner.cancel(call.token)
-                self._reactor.soon()
+                self._reactor.give_up(self, call.token)
             raise
 
     # What the reactor and the timer do.
@@ -348,6 +363,8 @@ class Channel:
             if not call.begin(call.token):
                 return False
             self._calls[call.token] = call
+        except Borrowed:
+            raise
         except Exception as error:  # also what is no number: the others are not to wait for it
             call.future.set_exception(error)
         self.waiting.popleft()
@@ -366,21 +383,14 @@ class Channel:
         """Give up the calls whose time is up."""
         self._timer = None
         now = time.monotonic()
-        late = [call for call in itertools.chain(self._calls.values(), self.waiting) if call.due <= now]
-        sent = 0
-        for call in late:
-            if call.token in self._calls:
-                del self._calls[call.token]
-                self.inner.cancel(call.token)
-                sent += 1
+        for call in [call for call in itertools.chain(self._calls.values(), self.waiting) if call.due <= now]:
             if not call.future.done():
                 words = f"{self.bdev.name} has not answered in {self.timeout} s; it may still take effect"
                 call.future.set_exception(RequestTimeout(words))
-        if sent:
-            self._reactor.soon()  # there is room for others
-            lease = self.inner._lease
-            if lease.late is not None:
-                lease.late(lease)
+            if self._calls.pop(call.token, None) is not None:
+                self._reactor.give_up(self, call.token)
+                self._reactor.overdue = True
+        self.waiting = deque(call for call in self.waiting if not call.future.done())
         first = next(itertools.chain(self._calls.values(), self.waiting), None)
         if first is not None:
             self._timer = self._loop.call_later(max(0.0, first.due - now), self._expire)

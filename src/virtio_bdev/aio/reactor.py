@@ -8,12 +8,14 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from virtio.errors import ClosedError, VirtioError
+from virtio_bdev.aio.channel import Borrowed
 
 if TYPE_CHECKING:
     from virtio.ring.lease import Lease
     from virtio_bdev.aio.channel import Channel
 
 _IN_VAIN = 8  # looks for what is in flight, one each turn of the loop, before sleeping: which takes as long
+_AWAY_S = 0.001  # between two looks whether somebody still has the queue
 
 
 class Reactor:
@@ -23,6 +25,8 @@ class Reactor:
         self.lease = lease
         self.loop = asyncio.get_running_loop()
         self.closed = False
+        self.given_up: list[tuple[Channel, int]] = []  # that the queue is not told of yet
+        self.overdue = False  # some of these had their time
         self.restless: set[Channel] = set()  # with something to do that no completion tells of
         self.lent = 0  # bounce buffers that calls have
         self._channels: dict[int, Channel] = {}  # by owner
@@ -77,6 +81,11 @@ class Reactor:
         """A call of this channel waits."""
         self._line.setdefault(channel)
 
+    def give_up(self, channel: Channel, token: int) -> None:
+        """Nobody waits for this request any more: the queue is told before anything else is begun."""
+        self.given_up.append((channel, token))
+        self.soon()
+
     def drop_rooms(self) -> bool:
         """Give the pool back the bounce buffers that no call has; whether there were any."""
         dropped = [channel.drop_rooms() for channel in self._channels.values()]
@@ -105,6 +114,8 @@ class Reactor:
         if self.closed:
             return
         try:
+            if self.given_up:
+                self._forsake()
             first = next(iter(self._channels.values()))
             moved = self._collect(first)
             for owner in first.inner.queue.owners():
@@ -118,9 +129,21 @@ class Reactor:
             soon = moved or self.restless or (self._in_vain <= _IN_VAIN and self.lease.queue.in_flight)
             if soon or not first.inner.arm():
                 self.soon()
+        except Borrowed:
+            self._step_aside()
         except VirtioError as error:
             if not self.lease.life.error:
                 self._fail(error)
+
+    def _forsake(self) -> None:
+        while self.given_up:
+            channel, token = self.given_up[-1]
+            channel.inner.cancel(token)
+            self.given_up.pop()  # only now: the queue may be borrowed
+        if self.overdue:
+            self.overdue = False
+            if self.lease.late is not None:
+                self.lease.late(self.lease)
 
     def _collect(self, channel: Channel) -> bool:
         """Let calls of this channel go on; whether there were any. One whose disk was removed ends alone."""
@@ -154,6 +177,17 @@ class Reactor:
         for channel in [channel for channel in self._line if not channel.waiting]:
             del self._line[channel]
         return begun
+
+    def _step_aside(self) -> None:
+        """Somebody has the queue: look again in a moment. What the descriptor says meanwhile is theirs."""
+        self._due = True
+        self.loop.remove_reader(self.lease.completion_fd)
+        self.loop.call_later(_AWAY_S, self._step_back)
+
+    def _step_back(self) -> None:
+        if not self.closed:
+            self.loop.add_reader(self.lease.completion_fd, self._signalled)
+            self._due_turn()
 
     def _lost(self) -> None:
         error = self.lease.life.error or ClosedError("the device has gone")
