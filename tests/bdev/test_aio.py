@@ -278,6 +278,177 @@ async def test_waiters_are_served_in_order_and_channels_in_turns(at_once, monkey
 
 
 @asynchronous
+async def test_channels_with_nothing_that_waits_are_not_asked(disk, monkeypatch):
+    kind, address, _ = disk
+    asked = set()
+
+    def noted(self, begin_next=aio.Channel.begin_next):
+        asked.add(self)
+        return begin_next(self)
+
+    monkeypatch.setattr(aio.Channel, "begin_next", noted)
+    async with await aio.attach(address, dev_type=kind, queues=1, queue_size=128) as controller:
+        async with contextlib.AsyncExitStack() as stack:
+            bdev = first(controller)
+            channels = [await stack.enter_async_context(bdev.open()) for _ in range(10)]
+            busy = channels[5]
+            await asyncio.gather(*(busy.read(0, BLOCK) for _ in range(500)))
+            assert asked == {busy}
+
+
+@asynchronous
+async def test_a_flush_that_needs_no_device_ends_on_any_channel():
+    with serve("blk", "ram:1M,ro") as target:
+        async with await aio.attach(target.address, dev_type="blk", queues=1) as controller:
+            bdev = first(controller)
+            async with bdev.open(timeout=5), bdev.open(timeout=5) as second:
+                await second.flush()
+
+
+@asynchronous
+async def test_a_request_is_sent_again_on_any_channel():
+    with serve("scsi", "0:0=ram:1M", "1:0=ram:1M", control=True) as target:
+        async with await aio.attach(target.address, queues=1) as controller:
+            one, two = controller.values()
+            async with one.open(timeout=5), two.open(timeout=5) as second:
+                await asyncio.to_thread(target.control, "set_fault", target=1, lun=0, busy=3)
+                assert await second.read(0, BLOCK) == bytes(BLOCK)
+
+
+@asynchronous
+async def test_a_disk_that_is_removed_ends_its_own_channels_alone():
+    with serve("scsi", "0:0=ram:1M", "1:0=ram:1M", control=True) as target:
+        async with await aio.attach(target.address, queues=1) as controller:
+            one, two = controller.values()
+            async with one.open() as removed, two.open() as other:
+                events = controller.events()
+                happened = asyncio.create_task(anext(events))
+                await asyncio.sleep(0)
+                await asyncio.to_thread(target.control, "remove_disk", target=0, lun=0)
+                await happened
+                for _ in range(3):
+                    assert await other.read(0, BLOCK) == bytes(BLOCK)
+                    with pytest.raises(TransportError, match="was removed"):
+                        await removed.read(0, BLOCK)
+                with pytest.raises(TransportError, match="was removed"):
+                    await removed.flush()
+        await events.aclose()
+
+
+@asynchronous
+async def test_a_call_that_waits_behind_requests_given_up_ends_in_time_and_leaves_no_timer():
+    with serve("blk", "ram:1M", control=True) as target:
+        async with await aio.attach(target.address, dev_type="blk", queues=1, queue_size=16) as controller:
+            async with first(controller).open(timeout=0.1) as channel:
+                await asyncio.to_thread(target.control, "set_fault", hang=True)
+                calls = (channel.read(0, BLOCK) for _ in range(channel.inner.queue.slots))
+                late = await asyncio.gather(*calls, return_exceptions=True)
+                assert {type(error) for error in late} == {RequestTimeout}
+                with pytest.raises(RequestTimeout):
+                    await channel.read(0, BLOCK)
+                assert not channel.waiting and channel._timer is None
+                await asyncio.to_thread(target.control, "set_fault", hang=False)
+
+
+@asynchronous
+async def test_while_somebody_has_the_queue_the_loop_goes_on():
+    with serve("blk", "ram:1M,delay=0.05") as target:
+        async with await aio.attach(target.address, dev_type="blk", queues=1) as controller:
+            async with first(controller).open() as channel:
+                reads = [asyncio.create_task(channel.read(0, BLOCK))]
+                await asyncio.sleep(0)
+                with channel.inner._lease.borrow(None):
+                    reads += [asyncio.create_task(channel.read(at * BLOCK, BLOCK)) for at in range(3)]
+                    with pytest.raises(TimeoutError):
+                        async with asyncio.timeout(0.05):
+                            await channel.read(0, BLOCK)
+                    assert not any(read.done() for read in reads)
+                assert await asyncio.gather(*reads) == [bytes(BLOCK)] * 4
+
+
+@asynchronous
+async def test_a_device_that_goes_while_somebody_has_the_queue_ends_all_calls():
+    with serve("blk", "ram:1M", control=True) as target:
+        async with await aio.attach(target.address, dev_type="blk", queues=1) as controller:
+            async with first(controller).open(timeout=0.1) as channel:
+                await asyncio.to_thread(target.control, "set_fault", hang=True)
+                late = [asyncio.create_task(channel.read(0, BLOCK)) for _ in range(3)]
+                await asyncio.sleep(0)
+                lease = channel.inner._lease
+                with lease.borrow(None):
+                    results = await asyncio.gather(*late, return_exceptions=True)
+                    assert [type(result) for result in results] == [RequestTimeout] * 3
+                    channel.timeout = None
+                    reads = [asyncio.create_task(channel.read(0, BLOCK)) for _ in range(3)]
+                    await asyncio.sleep(0)
+                    lease.life.end(TransportError(5, "it has gone"))
+                    results = await asyncio.gather(*reads, return_exceptions=True)
+                    assert [type(result) for result in results] == [TransportError] * 3
+
+
+@asynchronous
+async def test_a_write_cancelled_while_somebody_has_the_queue_is_not_overtaken():
+    """CLN-2"""
+    with serve("blk", "ram:1M", control=True) as target:
+        async with await aio.attach(target.address, dev_type="blk", queues=1) as controller:
+            bdev = first(controller)
+            async with bdev.open() as channel, bdev.open() as other:
+                await asyncio.to_thread(target.control, "set_fault", hang=True)
+                old = asyncio.create_task(channel.write(0, b"o" * BLOCK))
+                await asyncio.sleep(0)
+                with channel.inner._lease.borrow(None):
+                    old.cancel()
+                    with pytest.raises(asyncio.CancelledError):
+                        await old
+                new = asyncio.create_task(other.write(0, b"n" * BLOCK))
+                while not channel.inner.queue.orphan_changes:
+                    await asyncio.sleep(0)
+                assert len(other.waiting) == 1
+                await asyncio.to_thread(target.control, "set_fault", hang=False)
+                await new
+                assert await other.read(0, BLOCK) == b"n" * BLOCK
+
+
+def fill(controller, stack, nbytes):
+    """Take all that is left of the pool in pieces of this size."""
+    with contextlib.suppress(TransportError):
+        while True:
+            stack.enter_context(controller.buffer(nbytes))
+
+
+@asynchronous
+async def test_memory_that_idle_channels_keep_is_there_for_others(disk):
+    kind, address, _ = disk
+    nbytes = 1 << 20
+    async with await aio.attach(address, dev_type=kind, queues=1) as controller:
+        bdev = first(controller)
+        async with bdev.open() as one, bdev.open() as two:
+            await one.read(0, nbytes)  # and keeps its bounce buffer
+            with contextlib.ExitStack() as stack:
+                fill(controller, stack, nbytes)
+                await two.read(0, nbytes)
+                parts = await asyncio.gather(one.read(0, nbytes), two.read(nbytes, nbytes))
+                assert [len(part) for part in parts] == [nbytes] * 2
+                two.drop_rooms()
+                one.drop_rooms()
+                fill(controller, stack, nbytes)
+                with pytest.raises(TransportError, match="one piece"):
+                    await two.read(0, nbytes)
+
+
+@asynchronous
+async def test_small_bounce_buffers_count_as_what_they_take_of_the_pool(disk):
+    kind, address, _ = disk
+    async with await aio.attach(address, dev_type=kind, queue_size=1024) as controller:
+        async with first(controller).open() as channel:
+            free = controller.blocking.device.pool.free_bytes
+            await asyncio.gather(*(channel.read(0, 512) for _ in range(1000)))
+            kept = sum(map(len, channel._rooms.values()))
+            assert 0 < kept * BLOCK <= 1 << 20
+            assert free - controller.blocking.device.pool.free_bytes <= kept * BLOCK
+
+
+@asynchronous
 async def test_what_is_wrong_is_told_at_once(disk):
     kind, address, _ = disk
     async with await aio.attach(address, dev_type=kind) as controller:
@@ -402,6 +573,29 @@ def test_several_loops_in_several_threads_use_one_controller(disk):
         for one in threads:
             one.join(30)
         assert failures == []
+
+
+def test_closing_ends_calls_in_the_loops_of_other_threads():
+    with serve("blk", "ram:1M", queues=2, control=True) as target:
+        controller = aio.Controller(virtio_bdev.attach(target.address, dev_type="blk", queues=2))
+        target.control("set_fault", hang=True)
+        begun, ended = threading.Event(), []
+
+        async def read():
+            channel = first(controller).open(timeout=None)
+            asyncio.get_running_loop().call_soon(begun.set)
+            try:
+                await channel.read(0, BLOCK)
+            except VirtioError as error:
+                ended.append(type(error))
+            assert channel.inner.closed
+
+        thread = threading.Thread(target=asyncio.run, args=(read(),), daemon=True)
+        thread.start()
+        assert begun.wait(10)
+        asyncio.run(controller.close())
+        thread.join(10)
+        assert ended == [ClosedError]
 
 
 @asynchronous

@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import functools
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,6 +36,7 @@ __all__ = ["Bdev", "Channel", "Controller", "attach"]
 T = TypeVar("T")
 
 MAX_WAITING = 1 << 16  # calls on one channel that wait for room in the queue
+_LEAVE_S = 1.0  # how long other loops may take to end their channels
 
 
 async def attach(address: str, **options: Any) -> Controller:
@@ -121,10 +123,24 @@ class Controller(Mapping[str, "Bdev"]):
         await _in_thread(self.blocking.rescan)
 
     async def close(self) -> None:
-        """Detach: calls under way raise ClosedError, the device is stopped; idempotent."""
+        """Detach: calls under way raise ClosedError, the device is stopped; idempotent.
+
+        Other loops end their channels themselves; one that takes more than a second is not waited for.
+        """
+        loop, elsewhere = asyncio.get_running_loop(), []
         for reactor in list(self._reactors.values()):
-            reactor.close()
-        await asyncio.shield(_in_thread(self.blocking.close))
+            if reactor.loop is loop:
+                reactor.close()
+            elif not reactor.closed:
+                elsewhere.append(reactor.close_in_its_loop())
+        await asyncio.shield(_in_thread(functools.partial(self._close, elsewhere)))
+
+    def _close(self, elsewhere: list[threading.Event]) -> None:
+        """Close it once other loops have let go of its descriptors."""
+        end = time.monotonic() + _LEAVE_S
+        for left in elsewhere:
+            left.wait(max(0.0, end - time.monotonic()))
+        self.blocking.close()
 
     def reactor(self, lease: Lease) -> Reactor:
         """What drives this lease in the running loop; for `Channel` to call."""

@@ -21,17 +21,28 @@ from virtio.errors import (
     VirtioError,
 )
 from virtio.ring.buffer import Buffer
-from virtio_bdev.channel import flat
+from virtio_bdev.channel import Channel as BlockingChannel, flat
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer as BufferProtocol
 
     from virtio_bdev.aio import Bdev
-    from virtio_bdev.channel import Channel as BlockingChannel
 
 _POLL_AT_ONCE = 256  # completions between two looks at everything else in the loop
-_CACHED = 256  # bounce buffers that a channel keeps
+_PAGE = 4096  # what the smallest of buffers takes of the pool
+_CACHED_BYTES = 1 << 20  # of bounce buffers of each size, that a channel keeps
 _ZERO_BYTES = 256 << 10  # of zeros, where the device cannot write zeroes itself
+
+
+class Borrowed(Exception):
+    """Somebody has the queue at this moment, for a rescan or a reset: it is to be tried again."""
+
+
+class _Inner(BlockingChannel):
+    """A channel that does not wait for who has the queue: the loop would stand still."""
+
+    def _turn(self) -> None:
+        raise Borrowed
 
 
 class _Call:
@@ -57,7 +68,7 @@ class Channel:
         self.timeout = timeout
         self.max_waiting = max_waiting
         self.waiting: deque[_Call] = deque()
-        self.inner: BlockingChannel = bdev.blocking.open()
+        self.inner = _Inner(bdev.blocking, wait="adaptive", timeout=None)
         self._geometry = self.inner.geometry
         self._loop = asyncio.get_running_loop()
         self._reactor = bdev.controller.reactor(self.inner._lease)
@@ -117,9 +128,9 @@ class Channel:
 
     async def flush(self) -> None:
         """Make durable what was written and has completed, by whichever channel."""
-        self.inner._check_open()
+        self._check(0, 0)
         try:
-            await self._call(self.inner.submit_flush)
+            await self._call(self._begin_flush)
         except DeviceError as error:
             if error.errno != errno.EOPNOTSUPP or self.bdev.blocking.disk.flush_known:
                 error.offset = None
@@ -165,9 +176,7 @@ class Channel:
         if self._timer is not None:
             self._timer.cancel()
         self._reactor.leave(self)
-        for rooms in self._rooms.values():
-            for room in rooms:
-                room.close()
+        self.drop_rooms()
         self.inner.close()
 
     async def close(self) -> None:
@@ -186,7 +195,15 @@ class Channel:
     # How they are done.
 
     def _check(self, offset: int, nbytes: int, *, write: bool = False) -> None:
+        if self._error is not None:
+            raise type(self._error)(*self._error.args)
         self.inner._check(offset, nbytes, write=write)
+
+    def _begin_flush(self, token: int) -> bool:
+        begun = self.inner.submit_flush(token)
+        if self.inner._done:  # without the device, whose completion would tell
+            self._reactor.restless.add(self)
+        return begun
 
     def _in_place(self, offset: int, buffer: Buffer, *, write: bool) -> Coroutine[Any, Any, None]:
         """Move data between the disk and memory that the device can reach."""
@@ -238,21 +255,19 @@ class Channel:
 
         def begin(token: int) -> bool:
             nonlocal room
-            room = self._take(nbytes)
-            if room is None:
-                return False
-            if data is not None:
-                room.view()[:nbytes] = data
-            if submit(offset, room, token, nbytes=nbytes):
-                return True
-            self._give(room)
-            room = None
-            return False
+            if room is None:  # else it has one since it was tried last
+                room = self._take(nbytes)
+                if room is None:
+                    return False
+                if data is not None:
+                    room.view()[:nbytes] = data
+            return submit(offset, room, token, nbytes=nbytes)
 
         try:
             await self._call(begin)
         except BaseException:
             if room is not None:
+                self._reactor.lent -= 1
                 room.close()  # to the pool, once the device has returned it
             raise
         assert room is not None
@@ -262,21 +277,37 @@ class Channel:
         """A bounce buffer; None if there is none now, but will be when a request is back."""
         size = 1 << (nbytes - 1).bit_length()
         rooms = self._rooms.get(size)
-        if rooms:
-            return rooms.pop()
-        try:
-            return self.bdev.controller.buffer(size)
-        except TransportError as error:
-            if error.errno == errno.ENOMEM and (self._calls or self.inner.queue.orphans):
-                return None
-            raise
+        room = rooms.pop() if rooms else self._new_room(size)
+        self._reactor.lent += room is not None
+        return room
+
+    def _new_room(self, size: int) -> Buffer | None:
+        while True:
+            try:
+                return self.bdev.controller.buffer(size)
+            except TransportError as error:
+                if error.errno != errno.ENOMEM:
+                    raise
+                if not self._reactor.drop_rooms():
+                    if self._reactor.lent or self.inner.queue.in_flight:
+                        return None
+                    raise
 
     def _give(self, room: Buffer) -> None:
+        self._reactor.lent -= 1
         rooms = self._rooms.setdefault(room.nbytes, [])
-        if len(rooms) * room.nbytes < _CACHED << 12 and not self.inner.closed:
+        if len(rooms) * max(room.nbytes, _PAGE) < _CACHED_BYTES and not self.inner.closed:
             rooms.append(room)
         else:
             room.close()
+
+    def drop_rooms(self) -> bool:
+        """Give back the bounce buffers that are kept; whether there were any; for `Reactor` to call."""
+        dropped = [room for rooms in self._rooms.values() for room in rooms]
+        self._rooms.clear()
+        for room in dropped:
+            room.close()
+        return bool(dropped)
 
     async def _call(self, begin: Callable[[int], bool]) -> None:
         """One request, begun now or in its turn, until it is back."""
@@ -284,12 +315,19 @@ class Channel:
             raise type(self._error)(*self._error.args)
         due = float("inf") if self.timeout is None else time.monotonic() + self.timeout
         call = _Call(begin, next(self._tokens), due, self._loop.create_future())
-        if not self.waiting and begin(call.token):
+        begun = False
+        if not self.waiting and not self._reactor.given_up:
+            try:
+                begun = begin(call.token)
+            except Borrowed:
+                begun = False
+        if begun:
             self._calls[call.token] = call
         elif len(self.waiting) >= self.max_waiting:
             raise QueueFullError(f"{len(self.waiting)} calls wait for {self.bdev.name} already")
         else:
             self.waiting.append(call)
+            self._reactor.line_up(self)
         self._reactor.submitted()
         if self._timer is None and self.timeout is not None:
             self._timer = self._loop.call_later(self.timeout, self._expire)
@@ -297,8 +335,7 @@ class Channel:
             await call.future
         except asyncio.CancelledError:
             if self._calls.pop(call.token, None) is not None:
-                self.inner.cancel(call.token)
-                self._reactor.soon()
+                self._reactor.give_up(self, call.token)
             raise
 
     # What the reactor and the timer do.
@@ -328,6 +365,8 @@ class Channel:
             if not call.begin(call.token):
                 return False
             self._calls[call.token] = call
+        except Borrowed:
+            raise
         except Exception as error:  # also what is no number: the others are not to wait for it
             call.future.set_exception(error)
         self.waiting.popleft()
@@ -346,21 +385,14 @@ class Channel:
         """Give up the calls whose time is up."""
         self._timer = None
         now = time.monotonic()
-        late = [call for call in itertools.chain(self._calls.values(), self.waiting) if call.due <= now]
-        sent = 0
-        for call in late:
-            if call.token in self._calls:
-                del self._calls[call.token]
-                self.inner.cancel(call.token)
-                sent += 1
+        for call in [call for call in itertools.chain(self._calls.values(), self.waiting) if call.due <= now]:
             if not call.future.done():
                 words = f"{self.bdev.name} has not answered in {self.timeout} s; it may still take effect"
                 call.future.set_exception(RequestTimeout(words))
-        if sent:
-            self._reactor.soon()  # there is room for others
-            lease = self.inner._lease
-            if lease.late is not None:
-                lease.late(lease)
+            if self._calls.pop(call.token, None) is not None:
+                self._reactor.give_up(self, call.token)
+                self._reactor.overdue = True
+        self.waiting = deque(call for call in self.waiting if not call.future.done())
         first = next(itertools.chain(self._calls.values(), self.waiting), None)
         if first is not None:
             self._timer = self._loop.call_later(max(0.0, first.due - now), self._expire)
