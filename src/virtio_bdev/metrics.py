@@ -26,10 +26,9 @@ class Endpoint:
         registry.register(_Collector(bdevs))  # type: ignore[arg-type, unused-ignore]
         try:
             self._server, self._thread = prometheus_client.start_http_server(port, host, registry=registry)
-        except OSError as error:
-            raise TransportError(
-                error.errno or 0, f"cannot serve metrics at {host}:{port}: {error.strerror}"
-            ) from error
+        except (OSError, UnicodeError) as error:  # the latter of what no name of a host can be
+            code, words = (error.errno or 0, error.strerror) if isinstance(error, OSError) else (0, error)
+            raise TransportError(code, f"cannot serve metrics at {host}:{port}: {words}") from error
         self.port = self._server.server_port
 
     def close(self) -> None:

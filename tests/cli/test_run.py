@@ -172,6 +172,12 @@ def test_metrics_at_what_is_no_port_are_wrong_usage(tmp_path, address):
     assert not (tmp_path / "rpc.sock").exists()
 
 
+def test_metrics_at_what_no_host_is_called_are_an_error(tmp_path):
+    done = run("run", "--rpc-socket", tmp_path / "rpc.sock", "--metrics", "..:9000")
+    assert done.returncode == 1 and b"cannot serve metrics at ..:9000: " in done.stderr
+    assert done.stderr.count(b"\n") == 1 and not (tmp_path / "rpc.sock").exists()
+
+
 def test_metrics_at_a_port_in_use_are_an_error_that_leaves_no_rpc_socket(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -469,10 +469,10 @@ class Lease:
                     self.sleep(_earlier(_earlier(deadline, pause), task.pause()))
 
     def _tell(self, task: Task, reason: int) -> None:
-        """What a run came to, for a trace; a queue is told by its completion descriptor."""
+        """What a run came to, for a trace."""
         log.debug(
             "queue %d: %d of %d requests of %d bytes submitted, %d completed: %s",
-            self.completion_fd,
+            self.queue.number,
             task.started,
             task.total,
             task.part_bytes,
@@ -501,7 +501,7 @@ class Lease:
         self.queue.disarm()
         if self.told:
             slept = (time.monotonic_ns() - begun) // 1000
-            log.debug("queue %d: slept %d us, %d in flight", self.completion_fd, slept, self.queue.in_flight)
+            log.debug("queue %d: slept %d us, %d in flight", self.queue.number, slept, self.queue.in_flight)
         self._check_kicks()
         self.life.check()
 
@@ -548,7 +548,7 @@ class Lease:
             self._park()
         finished = self.queue.poll(self.queue.slots)
         if self.told:
-            log.debug("queue %d: %d answers are here", self.completion_fd, len(finished))
+            log.debug("queue %d: %d answers are here", self.queue.number, len(finished))
         if self.queue.broken:
             self.raise_broken()
         return finished

@@ -56,6 +56,7 @@ cdef class Slots:
     cdef Mem _places
     cdef Mem _region, _iovas, _records, _free, _faults, _ended, _early, _stop
     cdef int _shift, _wake_fd, _end_fd
+    cdef readonly uint32_t number
     cdef uint64_t _page_mask, _sequence, _now
     cdef size_t _slots_at, _stride, _payload_at, _table_at, _result_at, _response_bytes
     cdef bint _result_wide, _response_first, _at_work

@@ -155,7 +155,8 @@ class Slots:
     ) -> None:
         """`memory` is `queue_bytes(...)` of `region`; data segments are at most `segment_bytes`.
 
-        Queues of one device with different numbers give their requests different tags.
+        Queues of one device with different numbers, by which a trace tells them, give their requests
+        different tags.
         """
         first, stride, slots = shape(size, layout, segments, indirect, form, 1 << mapping.shift)
         within = slot_parts(layout)
@@ -222,6 +223,7 @@ class Slots:
         self._at_work = False  # the device wanted no notification of what `_feed` showed it last
         self._now = 0  # when the device was last found to have used something, if anybody asked
         self._kept: list[Kept | Buffer | None] = [None] * slots
+        self.number = number
         self._sequence = number << 48
         self._stop_owner = bytearray(4)
         self._stop = window(self._stop_owner)

@@ -320,9 +320,11 @@ async def load_config(system: System, params: _LoadConfig) -> object:
             names += await system.attach(line.spec)
             attached.append(line.spec.name)
         system.limit(config.limits)
-    except (VirtioError, MemoryError) as error:
+    except (VirtioError, MemoryError, RpcError) as error:
         for name in attached:
             await system.detach(name)
+        if isinstance(error, RpcError):
+            raise
         raise _invalid(error) from error
     return {"bdevs": names, "skipped": config.ignored}
 
