@@ -76,7 +76,7 @@ def test_our_own_load_config_is_all_or_nothing(client, blk):
     with pytest.raises(JSONRPCException, match="no such socket"):
         client.call("load_config", config)
     assert client.call("bdev_get_bdevs") == []
-    calls[-1] = {"method": "bdev_set_qos_limit", "params": {"name": "B", "rw_ios_per_sec": 1000}}
+    calls[-1] = {"method": "bdev_set_qos_limit", "params": {"name": "Fast0t9", "rw_ios_per_sec": 1000}}
     with pytest.raises(JSONRPCException, match="No such device"):
         client.call("load_config", {"subsystems": config["subsystems"]})  # the client adds to what it sends
     assert client.call("bdev_get_bdevs") == []
