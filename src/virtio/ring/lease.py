@@ -143,8 +143,17 @@ class Life:
         """Signal an eventfd of the device's, in any thread, if it is there yet: else the number may be
         another file's."""
         with self._lock:
-            if self.error is None:
+            if self.error is not None:
+                return
+            try:
+                own = os.dup(fd)
+            except OSError:  # no descriptor is left: then with the lock
                 eventfd.signal(fd)
+                return
+        try:
+            eventfd.signal(own)  # without the lock: a hostile peer may make even this block
+        finally:
+            os.close(own)
 
     def drain(self, fd: int) -> None:
         """Take what was signalled, in the same way."""

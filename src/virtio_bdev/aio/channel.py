@@ -320,7 +320,7 @@ class Channel:
             try:
                 begun = begin(call.token)
             except Borrowed:
-                begun = False
+                pass  # in its turn, then
         if begun:
             self._calls[call.token] = call
         elif len(self.waiting) >= self.max_waiting:
