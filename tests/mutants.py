@@ -364,8 +364,8 @@ MUTANTS = [
         "CLN-1",
         f"{CLEAN}::test_descriptors_of_a_request_that_timed_out_stay_as_they_are",
         REQUESTS,
-        "                self._orphan(slot)\n                return True\n",
-        "                self._release(slot)\n                return True\n",
+        "                self._orphan(slot)\n                if kept is not None:\n",
+        "                self._release(slot)\n                if kept is not None:\n",
     ),
     Mutant(
         "CLN-2",
