@@ -53,7 +53,8 @@ class Row(msgspec.Struct):
     def ratio(self, other: str) -> tuple[float, float, float]:
         """Ours by the other's, so that more is better, and the ends of a 95 % bootstrap interval."""
         ours, theirs = next(iter(self.figures.values())), self.figures[other]
-        each = [a / b if self.more_is_better else b / a for a, b in zip(ours, theirs, strict=True)]
+        pairs = zip(*((ours, theirs) if self.more_is_better else (theirs, ours)), strict=True)
+        each = [a / b if b else math.inf for a, b in pairs]
         chance = random.Random(1)
         resampled = sorted(statistics.median(chance.choices(each, k=len(each))) for _ in range(_RESAMPLES))
         return statistics.median(each), resampled[_RESAMPLES // 40], resampled[-_RESAMPLES // 40]
