@@ -33,8 +33,8 @@ _FIO_NAMES = {
 _TELL_S = 1.0  # between two calls of `progress`
 _TELL_LEAST_S = 0.1  # of the last one: less says nothing
 _JOIN_S = 30.0
-_LONGEST_S = 1e9
-_FASTEST = 1e9  # requests a second: one each nanosecond
+LONGEST_S = 1e9
+FASTEST = 1e9  # requests a second: one each nanosecond
 _LAST_SEED = (1 << 64) - 1
 _THETA, _SHARE = 1.1, 0.2  # of zipf and pareto, unless given: fio's
 
@@ -95,16 +95,16 @@ class Job:
         """The load that it puts on a disk; raises RequestError for what is out of bounds."""
         if self.rw not in _PATTERNS:
             raise RequestError(f"rw={self.rw!r}, want one of {', '.join(_PATTERNS)}")
-        if not 0 < self.runtime <= _LONGEST_S:
-            raise RequestError(f"runtime={self.runtime}, want more than 0 and at most {_LONGEST_S:g} seconds")
-        if not 0 <= self.ramp <= _LONGEST_S:
-            raise RequestError(f"ramp={self.ramp}, want 0 to {_LONGEST_S:g} seconds")
+        if not 0 < self.runtime <= LONGEST_S:
+            raise RequestError(f"runtime={self.runtime}, want more than 0 and at most {LONGEST_S:g} seconds")
+        if not 0 <= self.ramp <= LONGEST_S:
+            raise RequestError(f"ramp={self.ramp}, want 0 to {LONGEST_S:g} seconds")
         if self.requests is not None and not 0 < self.requests < UNLIMITED:
             raise RequestError(f"requests={self.requests}, want 1 or more")
         if not 0 <= self.rwmixread <= 100:
             raise RequestError(f"rwmixread={self.rwmixread}, want a percentage")
-        if self.rate_iops is not None and not 0 < self.rate_iops <= _FASTEST:
-            raise RequestError(f"rate_iops={self.rate_iops}, want more than 0 and at most {_FASTEST:g}")
+        if self.rate_iops is not None and not 0 < self.rate_iops <= FASTEST:
+            raise RequestError(f"rate_iops={self.rate_iops}, want more than 0 and at most {FASTEST:g}")
         if not 1 <= self.iodepth_batch <= max(1, self.iodepth):
             raise RequestError(f"iodepth_batch={self.iodepth_batch}, want 1 to {self.iodepth}, the iodepth")
         if self.bs < 1:

@@ -372,7 +372,6 @@ class Channel(Submitter):
         """There may be room by now, for who sleeps on the completion descriptor; in the control thread."""
         self._silence()
         if not self.closed:
-            self.queue.woken = True
             self._wake()
 
     def _silence(self) -> None:
@@ -388,6 +387,7 @@ class Channel(Submitter):
         self.queue.kick()
 
     def _wake(self) -> None:
+        self.queue.woken = True
         self._lease.wake()
 
     def _drain(self) -> None:
@@ -520,7 +520,6 @@ class Channel(Submitter):
             return said
         finally:
             if slept:  # somebody, whose answers and wake-up were taken
-                self.queue.woken = True
                 self._wake()
 
     def _batch(

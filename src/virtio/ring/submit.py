@@ -111,7 +111,7 @@ class Submitter:
         raise NotImplementedError
 
     def _wake(self) -> None:
-        """Wake up who sleeps on the completion descriptor, if the device is there yet."""
+        """Wake up who sleeps on the completion descriptor, to look at everything once more."""
         raise NotImplementedError
 
     # The compiled calls. While one is under way, nobody else is inside a call on the queue.
@@ -356,7 +356,6 @@ class Submitter:
         queue = self.queue
         if queue.awaited:
             if queue.awaited != self.owner:  # whose answers, and wake-up, may be taken here
-                queue.woken = True
                 self._wake()
             queue.awaited = 0
             queue.disarm()

@@ -22,7 +22,6 @@ from virtio_bdev.config import BdevSpec
 from virtio_bdev.verify import How, verify
 
 _SHALLOW = 32  # an iodepth up to which small queues are faster
-_LONGEST_S = 1e9
 _LEAVE_S = 0.1  # to stop a device, after Ctrl-C: it may be one that does not answer
 # What --verify has no use for.
 _OF_BENCH = {*bench.Job.__dataclass_fields__, "numjobs", "as_json", "earlier", "plot"}
@@ -59,14 +58,14 @@ _OF_BENCH -= {"bs", "offset", "size", "seed"}
 @click.option("--size", type=SIZE, help="Bytes to stay within; to the disk's end unless given.")
 @click.option(
     "--runtime",
-    type=click.FloatRange(0, _LONGEST_S, min_open=True),
+    type=click.FloatRange(0, bench.LONGEST_S, min_open=True),
     default=10.0,
     show_default=True,
     help="Seconds to go on for.",
 )
 @click.option(
     "--ramp",
-    type=click.FloatRange(0, _LONGEST_S),
+    type=click.FloatRange(0, bench.LONGEST_S),
     default=0.0,
     help="Seconds before that, which are not counted.",
 )
@@ -87,7 +86,7 @@ _OF_BENCH -= {"bs", "offset", "size", "seed"}
 )
 @click.option(
     "--rate-iops",
-    type=click.FloatRange(0, 1e9, min_open=True),
+    type=click.FloatRange(0, bench.FASTEST, min_open=True),
     help="Requests a second of each job, reads and writes together, at even intervals; as many as there can "
     "be unless given.",
 )
