@@ -204,8 +204,7 @@ class RequestQueue(Slots):
         self.orphans -= 1
         if load_u16(self._records, RECORD_BYTES * slot + CHANGES):
             self.orphan_changes -= 1
-        self._release(slot)
-        self._let_go(slot)
+        self.drop(slot)
 
     def _let_go(self, slot: int) -> None:
         kept = self._kept[slot]
@@ -242,8 +241,7 @@ class RequestQueue(Slots):
         for _ in range(self._ended_count):
             slot = self._next_ended()
             if load_u32(self._records, RECORD_BYTES * slot + OWNER) == owner:
-                self._release(slot)
-                self._let_go(slot)
+                self.drop(slot)
                 count += 1
             else:
                 self._put_ended(slot)
